@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.report import console
-from qwen3next_plugin.engines.huge_pages import TORCH_SETTING
+from qwen3next_plugin.machine.huge_pages import TORCH_SETTING
 
 VLLM = "benchmarks.engines.vllm_worker"
 VLLM_LAYERS = "benchmarks.engines.layer_worker"

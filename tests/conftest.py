@@ -34,7 +34,7 @@ R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
 def pytest_xdist_auto_num_workers() -> int:
     """As many as this process may use cores and memory of the machine, which a container limits."""
-    from qwen3next_plugin.engines import cgroups, cores
+    from qwen3next_plugin.machine import cgroups, cores
 
     usable = (len(os.sched_getaffinity(0)), cores.quota(), cgroups.memory_bytes() // WORKER_BYTES)
     return max(1, min(n for n in usable if n is not None))
@@ -140,7 +140,7 @@ def reference() -> "Callable[[Path], Reference]":
 @pytest.fixture
 def grant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
     """Make up cgroups: what /proc/self/cgroup says, and files by path."""
-    from qwen3next_plugin.engines import cgroups
+    from qwen3next_plugin.machine import cgroups
 
     def write(own: str, files: dict[str, str]) -> None:
         (tmp_path / "own").write_text(own)

@@ -67,7 +67,7 @@ def _stand_in() -> bool:
 
 def memory_cgroup() -> Path | None:
     """The file that limits the memory of this process's cgroup, where another one can be made."""
-    from qwen3next_plugin.engines.cgroups import LIMITS, folders
+    from qwen3next_plugin.machine.cgroups import LIMITS, folders
 
     limits = [f / name for f in folders("memory") for name in LIMITS if (f / name).is_file()]
     if not limits:

@@ -5,7 +5,7 @@ from inspect import getsource
 import pytest
 from torch._inductor import config
 
-from qwen3next_plugin.engines.compiler import TORCH_SETTING, skip_trials
+from qwen3next_plugin.machine.compiler import TORCH_SETTING, skip_trials
 
 
 @pytest.mark.parametrize(

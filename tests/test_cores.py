@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from qwen3next_plugin.engines import cgroups, cores
-from qwen3next_plugin.engines.cores import quota, share
+from qwen3next_plugin.machine import cgroups, cores
+from qwen3next_plugin.machine.cores import quota, share
 
 CPUS = sorted(os.sched_getaffinity(0))
 
@@ -106,7 +106,7 @@ def test_threads_under_a_quota(made_up, grant, cpu_max, ranks, threads):
 @pytest.mark.parametrize("cpu", [CPUS[0], CPUS[-1]], ids=["first", "last"])
 def test_a_real_mask(cpu):
     """Under taskset, on this machine."""
-    code = "from qwen3next_plugin.engines.cores import share; print(share(1))"
+    code = "from qwen3next_plugin.machine.cores import share; print(share(1))"
     command = ["taskset", "-c", str(cpu), sys.executable, "-c", code]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(cpu)

@@ -19,15 +19,8 @@ OF_BOTH = (
     "patch_table",
     "extras",
     "hub",
-    "huge_pages",
-    "compiler",
-    "caches",
-    "cores",
-    "cgroups",
-    "leftovers",
     "memory",
     "plan",
-    "processor",
     "pacing",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
@@ -39,10 +32,11 @@ ENGINE_FILES = {  # of every engine
     *("speculation/worker.py", "speculation/drafter.py"),
 }
 ABOVE = {  # folder → what it must not import, of ours
-    "kernels": {"engines", "model", "mtp", "versions", "cli", "commands", "config"},
-    "mtp": {"engines", "cli", "commands"},
-    "qwen3next_plugin/model": {"engines", "mtp", "cli", "commands"},
-    "qwen3next_plugin/config": {"engines", "model", "mtp", "kernels", "cli", "commands"},
+    "kernels": {"engines", "machine", "model", "mtp", "versions", "cli", "commands", "config"},
+    "mtp": {"engines", "machine", "cli", "commands"},
+    "qwen3next_plugin/model": {"engines", "machine", "mtp", "cli", "commands"},
+    "qwen3next_plugin/config": {"engines", "machine", "model", "mtp", "kernels", "cli", "commands"},
+    "qwen3next_plugin/machine": {"engines", "model", "mtp", "kernels", "config", "cli", "commands"},
 }
 
 

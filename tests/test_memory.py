@@ -7,7 +7,6 @@ import pytest
 
 from checkpoints import BASE
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left
 from qwen3next_plugin.engines.memory import (
     LEAST_POOLS,
     check_weights,
@@ -16,6 +15,7 @@ from qwen3next_plugin.engines.memory import (
     room,
     share_of,
 )
+from qwen3next_plugin.machine.cgroups import memory_bytes, memory_left
 from qwen3next_plugin.model.checkpoint.sizes import rank_bytes, served_bytes, without_mtp
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,8 +10,8 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.report import Record, RedCheckError, Run, console
-from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.kernels import native
+from qwen3next_plugin.machine.huge_pages import use_huge_pages
 
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
 PAIRS = 16

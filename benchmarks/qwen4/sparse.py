@@ -12,11 +12,11 @@ from benchmarks.kernels.timing import PAIRS, TOLERANCE, relative_error, seconds
 from benchmarks.qwen4.model import SIZE
 from benchmarks.report import RedCheckError
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.extras.qwen4_exp.indexed_attention import BlockRule, Caches, Tokens, attend
 from qwen3next_plugin.kernels.index_keys import index_keys
 from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.select_blocks import reference, select_blocks
+from qwen3next_plugin.machine.huge_pages import use_huge_pages
 from qwen3next_plugin.model.rotary import rotary_table
 
 CONTEXT, PAGE, LAYERS, DTYPE = 32_768, 64, 4, torch.bfloat16

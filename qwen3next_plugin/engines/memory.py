@@ -8,8 +8,8 @@ from typing import TypedDict
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left, swap_limit
 from qwen3next_plugin.engines.hub import folder_here
+from qwen3next_plugin.machine.cgroups import memory_bytes, memory_left, swap_limit
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.sizes import rank_bytes, without_mtp
 from qwen3next_plugin.model.checkpoint.units import readable

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from qwen3next_plugin.engines.caches import instead_of
+from qwen3next_plugin.machine.caches import instead_of
 
 NOWHERE = "/dev/null/.cache/engine"
 

@@ -9,7 +9,7 @@ from secrets import token_hex
 import pytest
 
 from engines.clients import eventually
-from qwen3next_plugin.engines import leftovers
+from qwen3next_plugin.machine import leftovers
 
 USES = {
     "mapped": "import mmap; kept = mmap.mmap(file, 4096); os.close(file)",

@@ -4,8 +4,8 @@ import os
 
 from sglang.srt.environ import envs, third_party_cache_defaults
 
-from qwen3next_plugin.engines.caches import instead_of
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.machine.caches import instead_of
 
 ROOT = "SGLANG_CACHE_DIR"
 

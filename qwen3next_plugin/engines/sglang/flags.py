@@ -18,8 +18,6 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines import extras
-from qwen3next_plugin.engines.compiler import skip_trials
-from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
@@ -37,6 +35,8 @@ from qwen3next_plugin.engines.sglang.names import (
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, Served, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
+from qwen3next_plugin.machine.compiler import skip_trials
+from qwen3next_plugin.machine.huge_pages import use_huge_pages
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes

@@ -5,8 +5,8 @@ import os
 from vllm import envs
 from vllm.logger import init_logger
 
-from qwen3next_plugin.engines.caches import instead_of
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.machine.caches import instead_of
 
 logger = init_logger(LOGGER)
 

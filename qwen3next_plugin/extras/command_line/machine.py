@@ -5,8 +5,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3next_plugin.engines.cgroups import memory_bytes
-from qwen3next_plugin.engines.cores import quota
+from qwen3next_plugin.machine.cgroups import memory_bytes
+from qwen3next_plugin.machine.cores import quota
 
 # The names in /proc/cpuinfo of what kernels/native/ops.cpp checks.
 X86_FLAGS = (

@@ -10,10 +10,10 @@ from itertools import count
 from typing import Any, Protocol
 from weakref import finalize
 
-from qwen3next_plugin.extras.host_fixes.apart import (
+from qwen3next_plugin.extras.host_fixes.processes import (
     AGAIN_SECONDS,
     COMPILE_SECONDS,
-    Apart,
+    LimitedProcess,
     OverBudgetError,
     aside,
     data_bytes,
@@ -172,7 +172,7 @@ class Question:
 
 def ask_ahead(asked: Iterable[tuple[Matcher, Sequence[int]]]) -> None:
     """Learn the states after each matcher's tokens: one call per process, all in parallel."""
-    calls: dict[Apart, list[Question]] = {}
+    calls: dict[LimitedProcess, list[Question]] = {}
     for matcher, tokens in asked:
         if (question := matcher.question(tokens)) is not None:
             calls.setdefault(matcher.process, []).append(question)
@@ -180,7 +180,7 @@ def ask_ahead(asked: Iterable[tuple[Matcher, Sequence[int]]]) -> None:
         _receive(process, taken, calls[process])
 
 
-def _send(process: Apart, questions: Sequence[Question]) -> float:
+def _send(process: LimitedProcess, questions: Sequence[Question]) -> float:
     taken = process.budget.take(sum(len(each.tokens) for each in questions))
     if not taken:
         process.end()
@@ -189,7 +189,7 @@ def _send(process: Apart, questions: Sequence[Question]) -> float:
     return taken
 
 
-def _receive(process: Apart, taken: float, questions: Sequence[Question]) -> None:
+def _receive(process: LimitedProcess, taken: float, questions: Sequence[Question]) -> None:
     spent, answers = taken, list[list[bytes | int]]()
     try:
         spent, answers = process.receive()

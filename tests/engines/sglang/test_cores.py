@@ -5,8 +5,8 @@ import os
 import pytest
 from sglang.srt.utils.numa_utils import init_threads_binding
 
-from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.sglang.cpu.cores import BIND, THREADS, bind_cores
+from qwen3next_plugin.machine.cores import share
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.vllm.cpu.cores import BIND, OWN, bind_cores
+from qwen3next_plugin.machine.cores import share
 
 THREADS = "OMP_NUM_THREADS"
 

@@ -2,7 +2,7 @@
 
 import os
 
-from qwen3next_plugin.engines.cores import share
+from qwen3next_plugin.machine.cores import share
 
 BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 THREADS = "OMP_NUM_THREADS"

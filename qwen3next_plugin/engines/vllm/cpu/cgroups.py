@@ -7,8 +7,8 @@ container seems to be full.
 import math
 from collections.abc import Callable
 
-from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left
 from qwen3next_plugin.engines.vllm.patches import When, patch
+from qwen3next_plugin.machine.cgroups import memory_bytes, memory_left
 
 
 @patch(

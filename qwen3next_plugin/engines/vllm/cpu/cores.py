@@ -2,7 +2,7 @@
 
 import os
 
-from qwen3next_plugin.engines.cores import share
+from qwen3next_plugin.machine.cores import share
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 OWN = (  # vLLM's variables for cores; if one is set, vLLM's choice is kept

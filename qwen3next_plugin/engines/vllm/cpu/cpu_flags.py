@@ -8,8 +8,6 @@ from vllm.logger import init_logger
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines import extras
-from qwen3next_plugin.engines.compiler import skip_trials
-from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -19,6 +17,8 @@ from qwen3next_plugin.engines.vllm.names import (
     LOGGER,
     WORKER,
 )
+from qwen3next_plugin.machine.compiler import skip_trials
+from qwen3next_plugin.machine.huge_pages import use_huge_pages
 
 logger = init_logger(LOGGER)
 

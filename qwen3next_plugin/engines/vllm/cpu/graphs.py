@@ -12,9 +12,9 @@ from vllm.config import VllmConfig
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import READ_HERE, folder_here
 from qwen3next_plugin.engines.patching import override
-from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.machine.processor import instructions
 from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.quantisation.packing import packs_plain

@@ -17,9 +17,9 @@ def check(server_args: Any) -> None:
 
 def complete(server_args: Any) -> list[str]:
     """Fill in what no flag says; returns it as command-line flags."""
-    from qwen3next_plugin.extras.fleet.sglang.alike import weights
     from qwen3next_plugin.extras.fleet.sglang.handover_flags import complete_handover, hands_over
     from qwen3next_plugin.extras.fleet.sglang.nodes import complete_nodes
+    from qwen3next_plugin.extras.fleet.sglang.shared_settings import weights
 
     complete_nodes(server_args)
     if hands_over(server_args) or server_args.enable_unified_cache_external_linker:

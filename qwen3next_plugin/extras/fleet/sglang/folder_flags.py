@@ -4,12 +4,12 @@ from typing import Any
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.names import logger
-from qwen3next_plugin.extras.fleet.alike import digest
 from qwen3next_plugin.extras.fleet.block_files import SPACE, check_settings
-from qwen3next_plugin.extras.fleet.sglang.alike import (
+from qwen3next_plugin.extras.fleet.computed_by import digest
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import (
     LINKER_FLAG,
-    alike,
     check_known_weights,
+    settings_of,
     weights,
 )
 
@@ -65,5 +65,5 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
     Args: sizes: of what is kept, on this rank.
     """
     dtype = str(model_config.dtype).removeprefix("torch.")
-    rest = digest(alike(server_args, model_config, *sizes))
+    rest = digest(settings_of(server_args, model_config, *sizes))
     return f"{SPACE}{weights(server_args)}-{dtype}-{rest}"

@@ -17,10 +17,10 @@ from weakref import WeakValueDictionary
 
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.extras.fleet.alike import digest
+from qwen3next_plugin.extras.fleet.computed_by import digest
 from qwen3next_plugin.extras.fleet.nixl import waiting
-from qwen3next_plugin.extras.fleet.sglang.alike import alike, weights
 from qwen3next_plugin.extras.fleet.sglang.handover_flags import hands_over
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import settings_of, weights
 
 _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its last request
 
@@ -31,13 +31,13 @@ _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its 
     reason="SGLang compares neither weights nor states between two servers",
     remove_when="a model can add to what is compared",
 )
-def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
+def with_shared_settings(host: Callable[[Any], None], manager: Any) -> None:
     """Send our digest in SGLang's `kv_layout` field.
 
     SGLang itself compares layouts only where both servers name one, and ends the decode server.
     """
     if serves_ours():
-        manager.kv_layout = what_is_alike()
+        manager.kv_layout = shared_settings()
     host(manager)
 
 
@@ -54,13 +54,13 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
 
     manager, room = receiver.kv_mgr, receiver.bootstrap_room
     registered = manager.prefill_info_table.get(receiver.bootstrap_addr)  # None: it has ended
-    if registered is None or not serves_ours() or registered.kv_layout == what_is_alike():
+    if registered is None or not serves_ours() or registered.kv_layout == shared_settings():
         host(receiver, prefill_dp_rank)
         return
     manager.record_failure(
         room,
         f"qwen3next_plugin: the prefill server at {receiver.bootstrap_addr} is not alike; "
-        f"Local: ({what_is_alike()}), Remote: ({registered.kv_layout})",
+        f"Local: ({shared_settings()}), Remote: ({registered.kv_layout})",
     )
     receiver.conclude_state = KVPoll.Failed
     manager.update_status(room, KVPoll.Failed)
@@ -119,7 +119,7 @@ def refuse_same_room(
 
 
 @cache
-def what_is_alike() -> str:
+def shared_settings() -> str:
     """This rank's values of the settings that both servers must share, in readable form."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.runtime_context import get_parallel, get_server_args
@@ -130,7 +130,7 @@ def what_is_alike() -> str:
     model_config = model_config_of(server_args)
     layout = page_layout(model_config.hf_text_config)
     dtype = str(layout.activation_dtype).removeprefix("torch.")
-    rest = digest(alike(server_args, model_config, layout))
+    rest = digest(settings_of(server_args, model_config, layout))
     return (
         f"weights={weights(server_args)}, dtype={dtype}, "
         f"speculative_num_steps={layout.num_drafts}, tp_size={get_parallel().tp_size}, "
@@ -214,7 +214,7 @@ def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
     if not (hands_over(get_server_args()) and is_ours(scheduler.model_config)):
         host(scheduler)
         return
-    what_is_alike()  # hash files now, not while a request waits
+    shared_settings()  # hash files now, not while a request waits
     api: Any = import_module("nixl._api")
     agent = api.nixl_agent
 

@@ -6,7 +6,7 @@ from typing import Any
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.flags import check_served, flag
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, POOL, Served
-from qwen3next_plugin.extras.fleet.sglang.alike import MODE_FLAG, check_known_weights
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import MODE_FLAG, check_known_weights
 
 HANDED_OVER = "prompts are handed over whole, from memory to memory"
 ONE_ENGINE = "a server that hands requests over is one engine on one machine"

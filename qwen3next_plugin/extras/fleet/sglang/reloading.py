@@ -13,7 +13,7 @@ from sglang.srt.utils import use_intel_amx_backend
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.model.loading import OurModel
-from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import refuse_other_weights
 from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.checkpoint.reading import check_tensors

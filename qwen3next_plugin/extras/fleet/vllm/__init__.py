@@ -19,11 +19,11 @@ def check(vllm_config: Any) -> None:
 
 def complete(vllm_config: Any) -> list[str]:
     """Choose a node's address; remove what killed servers left; complete a connector's settings."""
-    from qwen3next_plugin.engines.leftovers import remove_dead
     from qwen3next_plugin.engines.vllm.flags import read_config
     from qwen3next_plugin.extras.fleet.vllm.folder_flags import REGIONS, complete_folder
     from qwen3next_plugin.extras.fleet.vllm.handover_flags import complete_handover
     from qwen3next_plugin.extras.fleet.vllm.nodes import complete_nodes
+    from qwen3next_plugin.machine.leftovers import remove_dead
 
     complete_nodes(vllm_config)
     remove_dead(REGIONS)

@@ -9,12 +9,12 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.extras.fleet.alike import digest
 from qwen3next_plugin.extras.fleet.block_files import SPACE, check_settings
-from qwen3next_plugin.extras.fleet.vllm.alike import (
+from qwen3next_plugin.extras.fleet.computed_by import digest
+from qwen3next_plugin.extras.fleet.vllm.shared_settings import (
     WITHOUT,
-    alike,
     check_known_weights,
+    settings_of,
     weights,
 )
 
@@ -112,6 +112,6 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder, which depends on the weights and all else in a page."""
-    found = alike(vllm_config, config)
+    found = settings_of(vllm_config, config)
     rest = digest((found, vllm_config.cache_config.prefix_caching_hash_algo))
     return f"{SPACE}{weights(vllm_config)}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "nothing that differs",
     remove_when="a model can add to what is compared",
 )
-def with_what_is_alike(
+def with_shared_settings(
     host: Callable[..., str],
     vllm_config: VllmConfig,
     attn_backend_name: str,

@@ -8,14 +8,14 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.names import HANDOVER as CONNECTOR
-from qwen3next_plugin.extras.fleet.alike import digest
-from qwen3next_plugin.extras.fleet.vllm.alike import (
+from qwen3next_plugin.extras.fleet.computed_by import digest
+from qwen3next_plugin.extras.fleet.vllm.folder_flags import KEEPER, SPEC, in_folder
+from qwen3next_plugin.extras.fleet.vllm.shared_settings import (
     WITHOUT,
-    alike,
     check_known_weights,
+    settings_of,
     weights,
 )
-from qwen3next_plugin.extras.fleet.vllm.folder_flags import KEEPER, SPEC, in_folder
 
 UNTESTED = ("NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
 SETTINGS = {"enforce_handshake_compat": True, "bidirectional_kv_xfer": False}
@@ -64,7 +64,7 @@ def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
     if not hands_over(vllm_config):
         return
     os.environ.setdefault(LAYOUT, "DS")
-    found = alike(vllm_config, config)
+    found = settings_of(vllm_config, config)
     settings = vllm_config.kv_transfer_config.kv_connector_extra_config
     settings[ALIKE] = (
         f"weights={weights(vllm_config)}, dtype={found.dtype}, "

@@ -14,12 +14,12 @@ from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
-from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.executor import Executor
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.extras.fleet.nodes import meet_at
 from qwen3next_plugin.extras.fleet.vllm.nodes import OWN_ADDRESS
+from qwen3next_plugin.machine.cores import share
 
 logger = init_logger(LOGGER)
 

@@ -22,7 +22,7 @@ from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.extras.fleet.agreement import refusal
-from qwen3next_plugin.extras.fleet.vllm.alike import refuse_other_weights
+from qwen3next_plugin.extras.fleet.vllm.shared_settings import refuse_other_weights
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix

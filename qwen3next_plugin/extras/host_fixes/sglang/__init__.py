@@ -7,10 +7,10 @@ from qwen3next_plugin.engines.extras import Additions
 
 def check(server_args: Any) -> None:
     """Refuse flags with which a server would end or wait; remove what killed servers left."""
-    from qwen3next_plugin.engines.leftovers import remove_dead
     from qwen3next_plugin.extras.host_fixes.sglang.endings import LOADS
     from qwen3next_plugin.extras.host_fixes.sglang.metrics_files import check_room
     from qwen3next_plugin.extras.host_fixes.sglang.ports import check_port
+    from qwen3next_plugin.machine.leftovers import remove_dead
 
     check_port(server_args)
     check_room(server_args)

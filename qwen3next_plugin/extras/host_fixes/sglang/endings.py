@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next_plugin.engines.leftovers import remove_own
 from qwen3next_plugin.engines.sglang.patches import When, patch
+from qwen3next_plugin.machine.leftovers import remove_own
 
 LOADS = "sglang_loads_qwen3next_*.shm"  # in /dev/shm: how busy each engine is
 

@@ -1,4 +1,4 @@
-"""Grammars, compiled and matched in processes of their own (`apart`)."""
+"""Grammars, compiled and matched in processes of their own (`processes`)."""
 
 import functools
 import logging
@@ -11,11 +11,11 @@ import torch
 
 from qwen3next_plugin.engines.sglang.names import serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.extras.host_fixes import apart, matchers
+from qwen3next_plugin.extras.host_fixes import matchers, processes
 
 FIELD = "the grammar (response_format, tools, json_schema, regex, ebnf)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
-DEAR = f"{FIELD} {apart.TOO_DEAR}: {SIMPLIFY}"
+DEAR = f"{FIELD} {processes.TOO_DEAR}: {SIMPLIFY}"
 
 
 @patch(
@@ -29,7 +29,7 @@ def fork_first(host: Callable[[Any], None], scheduler: Any) -> None:
     host(scheduler)
     if serves_ours():
         config = scheduler.model_config
-        apart.start(
+        processes.start(
             made_of=(scheduler.server_args, scheduler.tokenizer),
             vocab_size=config.vocab_size,
             stops=config.hf_eos_token_id,
@@ -46,13 +46,13 @@ def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reas
     """Around `BaseGrammarBackend._init_value_dispatch`: compile each text in its process."""
     from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
 
-    if not apart.started():
+    if not processes.started():
         return host(backend, key, require_reasoning)
     try:
-        apart.first().call(0, make_backend)  # for all that are forked later
+        processes.first().call(0, make_backend)  # for all that are forked later
         return constrained_type()(matchers.Matcher(key, Grammar, key))
-    except apart.OverBudgetError:
-        return InvalidGrammarObject(f"it {apart.EXCEEDED}: {SIMPLIFY}")
+    except processes.OverBudgetError:
+        return InvalidGrammarObject(f"it {processes.EXCEEDED}: {SIMPLIFY}")
     except ValueError as error:
         return InvalidGrammarObject(str(error))
 
@@ -66,7 +66,7 @@ def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reas
 )
 def keep_nothing(host: Callable[..., None], backend: Any, key: Any, value: Any) -> None:
     """Around `BaseGrammarBackend.set_cache`, which is unbounded: cache processes instead."""
-    if not apart.started():
+    if not processes.started():
         host(backend, key, value)
 
 
@@ -145,11 +145,11 @@ def _learn(reqs: Any, token_ids: Iterable[list[int]]) -> None:
 def refuse_together(host: Callable[[Any], list[Any]], manager: Any) -> list[Any]:
     """Around `get_ready_grammar_requests`: refuse a request if any rank does."""
     ready = host(manager)
-    if apart.started():
+    if processes.started():
         for req in ready:
             refused = req.to_finish is not None
             if of_any_rank(refused) and not refused:
-                req.set_finish_with_abort(f"{FIELD} {apart.EXCEEDED}: {SIMPLIFY}")
+                req.set_finish_with_abort(f"{FIELD} {processes.EXCEEDED}: {SIMPLIFY}")
     return ready
 
 
@@ -196,7 +196,7 @@ class Constrained:
         try:
             if not self.matcher.accept([token]):
                 self.failed = f"{FIELD} allows no token {token} here"
-        except apart.OverBudgetError:
+        except processes.OverBudgetError:
             self.failed = DEAR
 
     def rollback(self, k: int) -> None:

@@ -10,12 +10,12 @@ from weakref import WeakValueDictionary
 
 from qwen3next_plugin.engines.sglang.names import serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes import processes
 from qwen3next_plugin.extras.host_fixes.sglang.grammars import DEAR, failure, of_any_rank, ranks
 
 BUDGET = "qwen3next_budget"  # of SGLang's Req
 LOOKS = 5  # looks at the CPU time before it can be up
-_BUDGETS: WeakValueDictionary[tuple[str, ...], apart.Budget] = WeakValueDictionary()
+_BUDGETS: WeakValueDictionary[tuple[str, ...], processes.Budget] = WeakValueDictionary()
 
 
 def check_pattern(pattern: str) -> None:
@@ -57,7 +57,7 @@ def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> 
     first = ranks().rank_in_group == 0
     if first and patterns:
         done, late = _match(host, req, new_accepted_len)
-        failed = f"stop_regex {patterns} {apart.TOO_DEAR}: simplify it" if late else failed
+        failed = f"stop_regex {patterns} {processes.TOO_DEAR}: simplify it" if late else failed
     if of_any_rank(failed is not None):
         req.finished_reason = FINISH_ABORT(failed or DEAR, 400, "BadRequestError")
         return True
@@ -67,7 +67,7 @@ def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> 
 def _match(host: Callable[..., bool], req: Any, tokens: int) -> tuple[bool, bool]:
     """Whether the answer ends here; whether its patterns are over their budget."""
     patterns = tuple(req.sampling_params.stop_regex_strs)
-    budget = _BUDGETS.setdefault(patterns, apart.Budget())
+    budget = _BUDGETS.setdefault(patterns, processes.Budget())
     vars(req)[BUDGET] = budget  # shared by all requests with these patterns
     taken, began = budget.take(tokens), time.thread_time()
     try:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from qwen3next_plugin.engines.vllm.patches import When, patch
-from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes import processes
 from qwen3next_plugin.extras.host_fixes.vllm.grammars import FIELD, SIMPLIFY, tokenizer
 
 AT_ONCE, WAITING, KEPT = 2, 16, 16  # results are kept with their texts, which may be large
@@ -38,7 +38,7 @@ async def check_beside(
     """Around `AsyncLLM.add_request`: check in another process first; the event loop goes on."""
     outputs = getattr(params, "structured_outputs", None)
     asked = outputs is not None and not outputs.all_constraints_none()
-    if asked and apart.started():
+    if asked and processes.started():
         if CHECKS not in vars(llm):
             vars(llm)[CHECKS] = Checks()
         params.structured_outputs = await vars(llm)[CHECKS].result(outputs)
@@ -120,12 +120,12 @@ class Checks:
 def _check(outputs: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
-    apart.first().call(0, tokenizer)  # for all that are forked later
-    process = apart.first().fork()
+    processes.first().call(0, tokenizer)  # for all that are forked later
+    process = processes.first().fork()
     try:
-        return process.call(apart.COMPILE_SECONDS, apart.aside, validated, outputs)[1]
-    except apart.OverBudgetError:
-        message = f"{FIELD} {apart.EXCEEDED}: {SIMPLIFY}"
+        return process.call(processes.COMPILE_SECONDS, processes.aside, validated, outputs)[1]
+    except processes.OverBudgetError:
+        message = f"{FIELD} {processes.EXCEEDED}: {SIMPLIFY}"
         raise VLLMValidationError(message, parameter=PARAMETER) from None
     finally:
         process.end()

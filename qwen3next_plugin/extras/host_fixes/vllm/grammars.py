@@ -1,4 +1,4 @@
-"""Structured outputs, compiled and matched in processes of their own (`apart`)."""
+"""Structured outputs, compiled and matched in processes of their own (`processes`)."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import torch
 
 from qwen3next_plugin.engines.vllm.names import is_ours
 from qwen3next_plugin.engines.vllm.patches import When, patch
-from qwen3next_plugin.extras.host_fixes import apart, matchers
+from qwen3next_plugin.extras.host_fixes import matchers, processes
 
 FIELD = "structured_outputs (response_format, tools)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
@@ -37,7 +37,7 @@ def fork_first(
 ) -> None:
     """Around `AsyncLLM.__init__` and `Executor.__init__`, before there are weights and threads."""
     if is_ours(vllm_config.model_config):
-        apart.start(vllm_config=vllm_config)
+        processes.start(vllm_config=vllm_config)
     host(made, vllm_config, *rest, **kw)
 
 
@@ -73,10 +73,10 @@ def _compile(manager: Any, request: Any) -> "Constrained":
     stops = frozenset(request.sampling_params.all_stop_token_ids)
     text = (name, *request.structured_output_request.structured_output_key, stops)
     try:
-        apart.first().call(0, backend, name)  # for all that are forked later
+        processes.first().call(0, backend, name)  # for all that are forked later
         return Constrained(matchers.Matcher(text, Grammar, *text), ended)
-    except apart.OverBudgetError:
-        ended[request.request_id] = f"{FIELD} {apart.EXCEEDED}: {SIMPLIFY}"
+    except processes.OverBudgetError:
+        ended[request.request_id] = f"{FIELD} {processes.EXCEEDED}: {SIMPLIFY}"
         raise
     except Exception as error:
         ended[request.request_id] = f"{FIELD}: {error}"
@@ -152,14 +152,14 @@ class Constrained:
     def _accept(self, tokens: Sequence[int]) -> int:
         try:
             return 0 if self._over else self.matcher.accept(tokens)
-        except apart.OverBudgetError:
+        except processes.OverBudgetError:
             self._over = True
             return 0
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         accepted = self._accept(tokens)
         if self._over:
-            self._ended[request_id] = f"{FIELD} {apart.TOO_DEAR}: {SIMPLIFY}"
+            self._ended[request_id] = f"{FIELD} {processes.TOO_DEAR}: {SIMPLIFY}"
             return False
         return accepted == len(tokens) or self.matcher.terminated
 

@@ -14,8 +14,8 @@ from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from extras.fleet.folders import damage, files, settled
 from extras.fleet.sglang.updating import refused
 from needs import need
-from qwen3next_plugin.extras.fleet.sglang.alike import LINKER_FLAG
 from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import LINKER_FLAG
 from tiers import long_except
 
 pytestmark = pytest.mark.serve

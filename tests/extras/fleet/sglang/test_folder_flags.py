@@ -10,9 +10,9 @@ import pytest
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.extras.fleet import alike
-from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
+from qwen3next_plugin.extras.fleet import computed_by
 from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE, check_folder, space
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import refuse_other_weights
 
 
 def given(folder: Path | str, **changes: Any) -> SimpleNamespace:
@@ -95,7 +95,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, checkpoint, t
     monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
     found.append(named())
     monkeypatch.delenv("QWEN3NEXT_QUANTISE")
-    monkeypatch.setattr(alike, "instructions", lambda: ["another processor"])
+    monkeypatch.setattr(computed_by, "instructions", lambda: ["another processor"])
     found.append(named())
     assert len(set(found)) == len(found)
     monkeypatch.undo()

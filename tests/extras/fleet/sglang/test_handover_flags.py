@@ -15,11 +15,11 @@ import torch
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.extras.fleet import alike as computed
+from qwen3next_plugin.extras.fleet import computed_by as computed
 from qwen3next_plugin.extras.fleet.nixl import WAIT
 from qwen3next_plugin.extras.fleet.sglang import handover, handover_flags
-from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
 from qwen3next_plugin.extras.fleet.sglang.handover_flags import SERVED_APART, check_handover
+from qwen3next_plugin.extras.fleet.sglang.shared_settings import refuse_other_weights
 from qwen3next_plugin.model.state import PageLayout
 
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]))
@@ -89,7 +89,7 @@ def told(monkeypatch, checkpoint):
         monkeypatch.setattr(context, "get_parallel", lambda: Bag(tp_size=ranks))
         monkeypatch.setattr(models, "model_config_of", lambda _: config)
         monkeypatch.setattr(pages, "page_layout", lambda _: replace(LAYOUT, **layout))
-        return handover.what_is_alike.__wrapped__()
+        return handover.shared_settings.__wrapped__()
 
     return run
 
@@ -122,7 +122,7 @@ def same(monkeypatch):
     def of(config: Any) -> None:
         monkeypatch.setattr(context, "get_server_args", given)
         monkeypatch.setattr(models, "model_config_of", lambda _: config)
-        monkeypatch.setattr(handover, "what_is_alike", lambda: "same")
+        monkeypatch.setattr(handover, "shared_settings", lambda: "same")
 
     return of
 
@@ -131,7 +131,7 @@ def same(monkeypatch):
 def test_a_prefill_server_registers_with_it(same, config, layout):
     same(config)
     manager, seen = Bag(kv_layout=None), []
-    handover.with_what_is_alike(lambda it: seen.append(it.kv_layout), manager)
+    handover.with_shared_settings(lambda it: seen.append(it.kv_layout), manager)
     assert seen == [layout]
 
 

@@ -12,9 +12,9 @@ from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from engines.hubs import MODEL, downloaded
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.extras.fleet import alike
-from qwen3next_plugin.extras.fleet.vllm.alike import refuse_other_weights
+from qwen3next_plugin.extras.fleet import computed_by
 from qwen3next_plugin.extras.fleet.vllm.folder_flags import SPEC, complete_folder
+from qwen3next_plugin.extras.fleet.vllm.shared_settings import refuse_other_weights
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 MODULE = "qwen3next_plugin.extras.fleet.vllm.folder"
@@ -120,7 +120,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, complete, che
         patch.setenv("QWEN3NEXT_QUANTISE", "int8")
         found.append(space(complete(dtype="bfloat16")))
     config = complete()
-    for module in (alike, torch, vllm):
+    for module in (computed_by, torch, vllm):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "99.1")
             complete_again(config)

@@ -30,7 +30,7 @@ from engines.clients import eventually
 from engines.process import free_port
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
-from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet import computed_by
 from qwen3next_plugin.extras.fleet.vllm import handover, handover_flags, leases
 from qwen3next_plugin.extras.fleet.vllm.handover_flags import ALIKE, LAYOUT, complete_handover
 
@@ -119,7 +119,7 @@ def test_servers_are_told_what_they_must_have_alike(monkeypatch, complete, check
         told(complete(model=write_checkpoint(tmp_path / "others", seed=9))),
         *(told(complete(model=slightly_changed(checkpoint, tmp_path / w, w))) for w in SLIGHT),
     ]
-    for module in (alike, torch, vllm):
+    for module in (computed_by, torch, vllm):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "99.1")
             complete_handover(config, Qwen3NextConfig.from_hf(config.model_config.hf_config))

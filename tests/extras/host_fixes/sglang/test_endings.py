@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_plugin.engines import leftovers
 from qwen3next_plugin.extras.host_fixes.sglang import endings
+from qwen3next_plugin.machine import leftovers
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, TOKENS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, LOGPROBS, PROMPT, V, ask, fields, leave, soak
 from engines.sglang.server import FIXED, NEXTN, Forked
-from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes import processes
 
 pytestmark = pytest.mark.serve
 
@@ -156,7 +156,7 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "stop_regex that backtracks": (
         {"sampling_params": {"stop_regex": r"([\s\S]+)+\x00", "max_new_tokens": 64}},
-        apart.TOO_DEAR,
+        processes.TOO_DEAR,
     ),
 }
 # What /vertex_generate is asked besides an instance, and a part of what it then says. SGLang

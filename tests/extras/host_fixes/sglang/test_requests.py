@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes import processes
 from qwen3next_plugin.extras.host_fixes.sglang import grammars, image_names, patterns
 from qwen3next_plugin.extras.host_fixes.sglang.image_names import name_with_its_shape
 from qwen3next_plugin.extras.host_fixes.sglang.patterns import end_dear
@@ -328,7 +328,7 @@ def generating(monkeypatch):
         monkeypatch.setattr(model_override_base, "model_config_of", lambda args: config)
         for module in (patterns, grammars):
             monkeypatch.setattr(module, "ranks", lambda: Bag(rank_in_group=0, world_size=1))
-        monkeypatch.setattr(apart, "_shared", apart.Shared())
+        monkeypatch.setattr(processes, "_shared", processes.Shared())
         params = Bag(stop_regex_strs=asked)
         return Bag(sampling_params=params, finished_reason=None, grammar=None)
 
@@ -354,7 +354,7 @@ def test_all_ranks_end_what_one_does(generating, monkeypatch, late):
     request = generating(OURS, "x")
     monkeypatch.setattr(patterns, "ranks", lambda: Bag(rank_in_group=1, world_size=2))
     monkeypatch.setattr(patterns, "of_any_rank", lambda mine: mine or late)
-    monkeypatch.setattr(apart.Budget, "take", lambda *_: 0.0)
+    monkeypatch.setattr(processes.Budget, "take", lambda *_: 0.0)
     matched = []
     assert end_dear(lambda *_: matched.append(1) or True, request)
     assert bool(matched) == (request.finished_reason is None) == (not late)
@@ -362,17 +362,17 @@ def test_all_ranks_end_what_one_does(generating, monkeypatch, late):
 
 def test_time_that_the_machine_does_not_compute_is_not_counted(generating):
     request = generating(OURS, "x")
-    assert not end_dear(lambda *_: time.sleep(3 * apart.SECONDS), request)
+    assert not end_dear(lambda *_: time.sleep(3 * processes.SECONDS), request)
     assert request.finished_reason is None
     assert not alarm_is_set()
 
 
 def test_requests_with_the_same_patterns_share_their_time(generating, monkeypatch):
     """Each step takes less than it may, and all together more."""
-    monkeypatch.setattr(apart, "SHARE", 1e9)
+    monkeypatch.setattr(processes, "SHARE", 1e9)
 
     def compute(*_) -> bool:
-        end = time.thread_time() + 0.4 * apart.SECONDS
+        end = time.thread_time() + 0.4 * processes.SECONDS
         while time.thread_time() < end:
             pass
         return False
@@ -389,7 +389,7 @@ def test_requests_with_the_same_patterns_share_their_time(generating, monkeypatc
     ids=["fast", "no pattern", "another model"],
 )
 def test_no_other_request_is_aborted(generating, monkeypatch, config, given, limited):
-    monkeypatch.setattr(apart, "SECONDS", 600)
+    monkeypatch.setattr(processes, "SECONDS", 600)
     request, alarms = generating(config, *given), []
     assert not end_dear(lambda *_: alarms.append(alarm_is_set()), request, 3)
     assert alarms == [limited]

@@ -28,14 +28,14 @@ from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, V, ask, fields, leave
 from engines.vllm.server import Forked
 from patience import looking, waited
-from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes import processes
 from qwen3next_plugin.extras.host_fixes.vllm import checks
 from qwen3next_plugin.extras.host_fixes.vllm.params import check_params
 
 D = json.loads((SHIPPED / "config.json").read_text())["hidden_size"]
 MESSAGES = [{"role": "user", "content": "hi"}]
 PAGES = "vllm:qwen3next_state_pages"
-COSTLY = apart.EXCEEDED
+COSTLY = processes.EXCEEDED
 UNKNOWN = {"type": "integer", "multipleOf": 5}  # to xgrammar, so llguidance reads the schema
 PATTERN = {  # to llguidance, so outlines reads it
     "type": "object",
@@ -450,7 +450,7 @@ def test_the_server_answers_others_while_it_checks(server, first):
 
 @pytest.mark.compat
 def test_outlines_has_no_limit():
-    """Fails when it has one for states: then look whether engines/apart.py can go."""
+    """Fails when it has one for states: then look whether engines/processes.py can go."""
     builds = (
         "import resource, outlines_core as o\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (2, 2))\n"
@@ -463,7 +463,7 @@ def test_outlines_has_no_limit():
 
 @pytest.mark.compat
 def test_llguidance_has_no_limit():
-    """Fails when it has one for items: then look whether engines/apart.py can go."""
+    """Fails when it has one for items: then look whether engines/processes.py can go."""
     reads = (
         "import json, resource, sys, llguidance as l\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.clients import eventually
-from qwen3next_plugin.extras.host_fixes import apart, matchers
+from qwen3next_plugin.extras.host_fixes import matchers, processes
 
 
 class Counter:
@@ -61,8 +61,8 @@ def tokens_there(state: dict[str, Any], name: int) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def started(monkeypatch) -> None:
-    monkeypatch.setattr(apart, "_shared", apart.Shared())
-    apart.start()
+    monkeypatch.setattr(processes, "_shared", processes.Shared())
+    processes.start()
 
 
 def test_drafts_that_are_taken_back_leave_nothing():
@@ -87,7 +87,7 @@ def test_what_an_earlier_draft_told_is_not_asked_again():
     matcher.roll_back(3)
     matcher.process.end()
     assert matcher.accept([1, 2]) == 2
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         matcher.accept([4])
 
 
@@ -98,85 +98,85 @@ def test_what_is_asked_ahead_is_known_later():
     for each in three:
         each.process.end()
         assert each.accept([1, 2, 9000]) == 2
-        with pytest.raises(apart.OverBudgetError):
+        with pytest.raises(processes.OverBudgetError):
             each.accept([3])
 
 
 def test_one_that_takes_for_ever_ends_with_all_of_its_text():
     dear, same, other = (matchers.Matcher(text, Counter, 5, 1e9) for text in ("a", "a", "b"))
     assert (dear.accept([4]), same.accept([4]), other.accept([4])) == (1, 1, 1)
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         dear.accept([4, 5])
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         same.accept([6])
     assert other.accept([6]) == 1
     assert matchers.Matcher("a", Counter).accept([5]) == 1
 
 
 def test_one_that_waits_for_ever_ends(monkeypatch):
-    monkeypatch.setattr(apart, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "WAIT_SECONDS", 0.5)
     waiting = matchers.Matcher("waits", Counter, 5, 0, 600)
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         waiting.accept([5])
 
 
 def test_many_dear_texts_together_take_no_more_than_one(monkeypatch):
     """Nor do honest ones end then."""
-    monkeypatch.setattr(apart, "SHARE", 0)
+    monkeypatch.setattr(processes, "SHARE", 0)
     honest = matchers.Matcher("honest", Counter)
-    dear = [matchers.Matcher(number, Counter, 5, 0.3 * apart.SECONDS) for number in range(12)]
+    dear = [matchers.Matcher(number, Counter, 5, 0.3 * processes.SECONDS) for number in range(12)]
     went_on = 0
     for each in dear:
         try:
             went_on += each.accept([5])
-        except apart.OverBudgetError:
+        except processes.OverBudgetError:
             assert honest.accept([4]) == 1
     assert 1 <= went_on <= 3
-    assert apart._shared.left >= -len(dear) * 2 * apart.CALL_SECONDS
+    assert processes._shared.left >= -len(dear) * 2 * processes.CALL_SECONDS
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 32])
-@pytest.mark.parametrize("texts", [8, apart.MOST])
+@pytest.mark.parametrize("texts", [8, processes.MOST])
 def test_a_step_takes_little_whatever_it_asks(monkeypatch, texts, tokens):
     """All texts at once take all that they may; step after step, until only cheap ones go on."""
-    monkeypatch.setattr(apart, "SHARE", 0)
-    budgets = [apart.Budget() for _ in range(texts)]
-    honest = apart.HONEST_SECONDS * tokens
+    monkeypatch.setattr(processes, "SHARE", 0)
+    budgets = [processes.Budget() for _ in range(texts)]
+    honest = processes.HONEST_SECONDS * tokens
     for step in range(1000):
         taken = [each.take(tokens) for each in budgets]
-        most = (0 if step else apart.SECONDS) + texts * (apart.CALL_SECONDS + honest)
+        most = (0 if step else processes.SECONDS) + texts * (processes.CALL_SECONDS + honest)
         assert sum(taken) <= most
         for each, seconds in zip(budgets, taken, strict=True):
             each.settle(seconds, seconds, tokens)
-    assert max(taken) <= honest + apart.CALL_SECONDS / 10
+    assert max(taken) <= honest + processes.CALL_SECONDS / 10
 
 
 def test_what_a_timer_would_not_limit_is_nothing():
-    budget = apart.Budget()
-    budget.settle(0, apart.SECONDS - 1e-7, 0)
+    budget = processes.Budget()
+    budget.settle(0, processes.SECONDS - 1e-7, 0)
     assert budget.take(4) == 0
 
 
 def test_one_that_is_dear_to_make_again_ends(monkeypatch):
     """Steps of those that it has wait meanwhile."""
-    first = matchers.Matcher("again", Dear, 2 * apart.AGAIN_SECONDS)
+    first = matchers.Matcher("again", Dear, 2 * processes.AGAIN_SECONDS)
     assert first.accept([5]) == 1
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         matchers.Matcher("again", Dear, 1e9)
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         first.accept([6])
 
 
 def test_one_that_takes_too_much_memory_is_refused():
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         matchers.Matcher("memory", Counter, -1, 0, 0, 2 << 30)
 
 
 def test_texts_together_take_no_more_memory_than_they_may():
     """The largest ends."""
-    most = apart.GIB_TOGETHER + 1
+    most = processes.GIB_TOGETHER + 1
     large = [matchers.Matcher(f"{i}", Counter, -1, 0, 0, 9 * 2**30 // 10) for i in range(most - 1)]
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         matchers.Matcher("the largest", Counter, -1, 0, 0, 95 * 2**30 // 100)
     small = matchers.Matcher("small", Counter, -1, 0, 0, 2**29)
     assert small.accept([5]) == 1
@@ -186,7 +186,7 @@ def test_texts_together_take_no_more_memory_than_they_may():
 
 
 def test_texts_wait_for_a_process(monkeypatch):
-    monkeypatch.setattr(apart, "MOST", 2)
+    monkeypatch.setattr(processes, "MOST", 2)
     two = [matchers.Matcher(f"place {i}", Counter) for i in range(2)]
     with ThreadPoolExecutor() as pool:
         third = pool.submit(matchers.Matcher, "place 3", Counter)
@@ -199,10 +199,10 @@ def test_texts_wait_for_a_process(monkeypatch):
 
 
 def test_processes_without_requests_end_some_time():
-    for number in range(2 * apart.KEPT):
+    for number in range(2 * processes.KEPT):
         matchers.Matcher(f"idle {number}", Counter)
-    idle = [each for each in apart._TEXTS.values() if not each.users]
-    assert len(idle) <= apart.KEPT + 1  # the last was in use when the others were counted
+    idle = [each for each in processes._TEXTS.values() if not each.users]
+    assert len(idle) <= processes.KEPT + 1  # the last was in use when the others were counted
 
 
 def pid_there(state: dict[str, Any]) -> int:
@@ -214,12 +214,11 @@ def test_a_server_that_is_killed_leaves_no_process():
     ours, theirs = os.pipe()
     if (server := os.fork()) == 0:
         try:
-            apart.start()
+            processes.start()
             matcher = matchers.Matcher("left", Counter, 5, 1e9)
-            processes = (apart.first(), matcher.process)
-            os.write(
-                theirs, json.dumps([each.call(1, pid_there)[1] for each in processes]).encode()
-            )
+            both = (processes.first(), matcher.process)
+            pids = [each.call(1, pid_there)[1] for each in both]
+            os.write(theirs, json.dumps(pids).encode())
             matcher.process.send(1, matchers.follow, [(matcher.name, 0, [], [5])])
             time.sleep(600)
         finally:
@@ -236,6 +235,6 @@ def test_a_server_that_is_killed_leaves_no_process():
 def test_a_process_that_ends_leaves_nothing_open():
     dear = matchers.Matcher("open", Counter, 5, 1e9)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(apart.OverBudgetError):
+    with pytest.raises(processes.OverBudgetError):
         dear.accept([5])
     assert len(os.listdir("/proc/self/fd")) == before - 1

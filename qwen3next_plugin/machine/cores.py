@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from qwen3next_plugin.engines import cgroups
+from qwen3next_plugin.machine import cgroups
 
 CPUS = Path("/sys/devices/system/cpu")
 LIMITS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroups 2, and of 1

@@ -6,7 +6,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.sglang.files import weights_folder
 from qwen3next_plugin.engines.sglang.names import logger
-from qwen3next_plugin.extras.fleet.alike import computed_by
+from qwen3next_plugin.extras.fleet.computed_by import computed_by
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.versions import check_host
 
@@ -14,7 +14,7 @@ LINKER_FLAG = "--enable-unified-cache-external-linker"
 MODE_FLAG = "--disaggregation-mode"
 
 
-def alike(server_args: Any, model_config: Any, *sizes: Any) -> tuple[Any, ...]:
+def settings_of(server_args: Any, model_config: Any, *sizes: Any) -> tuple[Any, ...]:
     """All that the contents of pages and KV depend on, except the weights.
 
     Args: sizes: of what is kept, on this rank.

@@ -98,7 +98,7 @@ class Budget:
         self._left = min(SECONDS, self._left + more * tokens) - spent
 
 
-class Apart:
+class LimitedProcess:
     """A process that calls functions with its state, one after another."""
 
     def __init__(self, connection: Connection) -> None:
@@ -142,13 +142,13 @@ class Apart:
             raise error
         return spent, answer
 
-    def fork(self) -> "Apart":
+    def fork(self) -> "LimitedProcess":
         """Another process with the state of this one."""
         ours, theirs = Pipe()
         with theirs, self._lock:
             self._connection.send(None)
             send_handle(self._connection, theirs.fileno(), 0)
-        return Apart(ours)
+        return LimitedProcess(ours)
 
     def end(self) -> None:
         """End it, now or when its call is over; wait for neither."""
@@ -158,8 +158,8 @@ class Apart:
             self._lock.release()
 
 
-_FIRST: dict[int, Apart] = {}  # by the process that forked it
-_TEXTS: OrderedDict[Hashable, Apart] = OrderedDict()
+_FIRST: dict[int, LimitedProcess] = {}  # by the process that forked it
+_TEXTS: OrderedDict[Hashable, LimitedProcess] = OrderedDict()
 _LOCK = threading.Lock()
 
 
@@ -171,7 +171,7 @@ def start(**state: Any) -> None:
     if os.fork() == 0:
         _begin(theirs, state)
     theirs.close()
-    _FIRST[os.getpid()] = Apart(ours)
+    _FIRST[os.getpid()] = LimitedProcess(ours)
 
 
 def started() -> bool:
@@ -179,12 +179,12 @@ def started() -> bool:
     return os.getpid() in _FIRST
 
 
-def first() -> Apart:
+def first() -> LimitedProcess:
     """The process that `start` forked."""
     return _FIRST[os.getpid()]
 
 
-def process_of(text: Hashable, user: object) -> Apart:
+def process_of(text: Hashable, user: object) -> LimitedProcess:
     """The process of a text; ends the least recently used processes without users.
 
     Raises:
@@ -198,7 +198,7 @@ def process_of(text: Hashable, user: object) -> Apart:
     return found
 
 
-def _process_of(text: Hashable, user: object) -> Apart | None:
+def _process_of(text: Hashable, user: object) -> LimitedProcess | None:
     with _LOCK:
         found = _TEXTS.pop(text, None)
         idle = [key for key, each in _TEXTS.items() if not each.users]
@@ -213,7 +213,7 @@ def _process_of(text: Hashable, user: object) -> Apart | None:
         return found
 
 
-def hold(process: Apart, nbytes: int) -> None:
+def hold(process: LimitedProcess, nbytes: int) -> None:
     """Record a process's memory; if the total is too large, end idle ones, then the largest.
 
     Raises:

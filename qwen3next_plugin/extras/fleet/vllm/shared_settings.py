@@ -11,7 +11,7 @@ from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.pages import largest_page
-from qwen3next_plugin.extras.fleet.alike import computed_by
+from qwen3next_plugin.extras.fleet.computed_by import computed_by
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.model.state import PageLayout
 
@@ -21,7 +21,7 @@ PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "pro
 WITHOUT = "or leave out --kv-transfer-config"
 
 
-class Alike(NamedTuple):
+class SharedSettings(NamedTuple):
     """All that the contents of pages and blocks depend on, except the weights."""
 
     layout: PageLayout
@@ -33,12 +33,14 @@ class Alike(NamedTuple):
         return str(self.layout.activation_dtype).removeprefix("torch.")
 
 
-def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
+def settings_of(vllm_config: VllmConfig, config: Qwen3NextConfig) -> SharedSettings:
     """These settings of a server with these flags."""
     hf_config = vllm_config.model_config.hf_config
     # KV is laid out as vLLM's attention on this processor reads it.
     rest = vllm_config.cache_config.cache_dtype, *computed_by(hf_config, vllm.__version__)
-    return Alike(largest_page(config, vllm_config), (*rest, *_image_processing(vllm_config)))
+    return SharedSettings(
+        largest_page(config, vllm_config), (*rest, *_image_processing(vllm_config))
+    )
 
 
 def _image_processing(vllm_config: VllmConfig) -> list[Any]:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from qwen3next_plugin import __version__, env
-from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.machine.processor import instructions
 
 
 def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
