@@ -25,8 +25,7 @@ class When(Enum):
     IN_ENGINE = "they are, or an engine's process starts, on a CPU"
     GRAMMARS = "they are, or an engine's process starts"
     IN_WORKER = "our worker is made"
-    MODEL_ON_CPU = "our model is built on a CPU"
-    PAGE_COPIES = "our model is built on a CPU; by vLLM's registry of kernels"
+    PAGE_COPIES = "our worker is made; by vLLM's registry of kernels"
     WITH_LORA = "our model is built, with adapters"
 
 

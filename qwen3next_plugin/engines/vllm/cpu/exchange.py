@@ -15,7 +15,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
 
 
 @patch(
-    When.MODEL_ON_CPU,
+    When.IN_WORKER,
     "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase."
     "all_gatherv",
     kind=Replacement,
@@ -45,7 +45,7 @@ def gather(
 
 
 @patch(
-    When.MODEL_ON_CPU,
+    When.IN_WORKER,
     "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase."
     "reduce_scatterv",
     kind=Replacement,

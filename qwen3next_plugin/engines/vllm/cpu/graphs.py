@@ -29,7 +29,7 @@ AddCode = Callable[[SourceInfo, CodeType], None]
     remove_when="`load_graph` is removed",
 )
 @patch(
-    When.MODEL_ON_CPU,
+    When.IN_WORKER,
     "vllm.compilation.decorators._try_load_aot_compiled_fn",
     reason="on a CPU vLLM cannot read the graphs that it has kept, and compiles at each start",
     remove_when="vLLM reads them (`compat`)",
@@ -62,7 +62,7 @@ def keep_graphs_apart(vllm_config: VllmConfig) -> None:
 
 
 @patch(
-    When.MODEL_ON_CPU,
+    When.IN_WORKER,
     "torch._dynamo.package.SourceInfo.add_code",
     reason="torch looks for a function's source at each of its calls in a graph: 8 s of a first "
     "start, with 40 layers",

@@ -15,17 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFunc,
-    get_temporal_copy_spec,
-)
-from vllm.model_executor.models.interfaces import (
-    HasInnerState,
-    IsHybrid,
-    MixtureOfExperts,
-    SupportsLoRA,
-    SupportsPP,
-)
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     extract_layer_index,
@@ -38,7 +28,6 @@ from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines import extras
-from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import (
     own_rank,
     use_packing,
@@ -47,6 +36,7 @@ from qwen3next_plugin.engines.vllm.cpu.quantisation import (
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import make_attention
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.engines.vllm.model.hybrid import HybridModel
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.loading import (
     FLAT_MODULES,
@@ -58,8 +48,7 @@ from qwen3next_plugin.engines.vllm.model.loading import (
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.patches import When, apply
-from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
+from qwen3next_plugin.engines.vllm.state.pages import largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import loaded_tensors, not_loaded_tensors
@@ -166,15 +155,11 @@ class Qwen3NextModel(nn.Module):
         return self.norm(hidden_states, residual)
 
 
-class Qwen3NextForCausalLM(
-    nn.Module, HasInnerState, IsHybrid, MixtureOfExperts, SupportsLoRA, SupportsPP
-):
+class Qwen3NextForCausalLM(nn.Module, HybridModel, SupportsLoRA, SupportsPP):
     """The trunk as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
     model_class: type[Any] = Qwen3NextModel
-    moe_layers: list[Any]
-    num_logical_experts: int
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -184,7 +169,6 @@ class Qwen3NextForCausalLM(
         self.quantised = vllm_config.quant_config is not None
         self.formats = served_formats(vllm_config.quant_config)
         self.layout = projection_layout(self.config, vllm_config)
-        _change_host(vllm_config)
         dispatch.load(current_platform.device_type)
         layout = largest_page(self.config, vllm_config)
         extras.before_load("vllm", self.config, layout, torch.get_default_device(), logger.info)
@@ -234,45 +218,6 @@ class Qwen3NextForCausalLM(
     def fixed(self) -> str | None:
         """Why a server cannot be given other weights; None: it can."""
         return None
-
-    # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
-
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int]]:
-        return ((largest_page(read_config(vllm_config), vllm_config).page_bytes,),)
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:
-        return (PAGE_DTYPE,)
-
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:
-        return (get_temporal_copy_spec,)  # copies a page as a whole
-
-    @staticmethod
-    def get_model_state_cls() -> type[Any]:
-        """The class by which model runner V2 copies pages; imported only for that runner."""
-        from qwen3next_plugin.engines.vllm.state.model_state import Qwen3NextModelState
-
-        return Qwen3NextModelState
-
-    def update_physical_experts_metadata(
-        self, num_physical_experts: int, num_local_physical_experts: int
-    ) -> None:
-        self.num_physical_experts = num_physical_experts
-        self.num_local_physical_experts = num_local_physical_experts
-        self.num_redundant_experts = num_physical_experts - self.num_logical_experts
-        for experts in self.moe_layers:
-            experts.update_expert_map()
-
-
-def _change_host(vllm_config: VllmConfig) -> None:
-    """Apply the patches that this model needs in its worker."""
-    page_copy.provide()
-    if current_platform.is_cpu():
-        apply(When.MODEL_ON_CPU)
-    if vllm_config.lora_config is not None:
-        apply(When.WITH_LORA)
 
 
 class Qwen3_5ForCausalLM(Qwen3NextForCausalLM):  # noqa: N801 (vLLM's name)

@@ -18,6 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.patching import override
+from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
@@ -54,6 +55,7 @@ class Worker(CPUWorker):
         is_driver_worker: bool = False,
     ) -> None:
         apply(When.IN_WORKER)
+        page_copy.provide()
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
 
     @override(
