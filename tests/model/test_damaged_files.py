@@ -16,7 +16,6 @@ from checkpoints import BASE, write_checkpoint
 from damage import damaged, header_of, little_memory, write_file
 from quantised import write_quantised
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.headers import (
     INDEX,
@@ -274,23 +273,3 @@ def test_whatever_the_tensors_of_a_module_are_nothing_else_is_raised(headers, fo
     with little_memory(), contextlib.suppress(CheckpointError):
         formats = formats_of(folder, config, raw["quantization_config"], asked=None)
         check_stored(folder, config, quantised=True, formats=formats, with_mtp=True)
-
-
-# adapters -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ([], "holds a list"),
-        ({}, "lora_alpha = None: must be a number"),
-        ({"lora_alpha": "16"}, "lora_alpha = '16': must be a number"),
-        ({"lora_alpha": 16}, r"adapter_model\.safetensors.* damaged, download it again"),
-    ],
-    ids=str,
-)
-def test_a_damaged_adapter_is_named(tmp_path, settings, message):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    write_file(tmp_path / "adapter_model.safetensors", {"a": 3} if settings else {}, 0)
-    with pytest.raises(adapters.AdapterError, match=message):
-        adapters.check_stored(tmp_path, CONFIG)

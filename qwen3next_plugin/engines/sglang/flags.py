@@ -1,7 +1,7 @@
 """SGLang's flags: every refusal and every default, before a process starts."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from qwen3next_plugin import env
 from qwen3next_plugin.config import (
     ConfigError,
-    Qwen3NextConfig,
     check_kind,
     check_num_draft_layers,
     check_num_speculative_tokens,
@@ -37,7 +36,6 @@ from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, Served, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.machine.compiler import skip_trials
 from qwen3next_plugin.machine.huge_pages import use_huge_pages
-from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -216,8 +214,6 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         rope.check_images(config.rope_parameters, "--language-model-only")
     if server_args.speculative_algorithm:
         check_num_draft_layers(config, "--speculative-algorithm")
-    for adapter in _adapters(server_args.lora_paths):
-        _check_adapter(adapter, config)
     formats = None
     if folder.is_dir() and server_args.load_format != "dummy":
         if on_cpu and (quantised or env.quantise()):
@@ -233,25 +229,6 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
         check_weights(sizes, config, memory.local_ranks(server_args))
         memory.check_memory(sizes, server_args, model_config)
-
-
-def _adapters(lora_paths: Any) -> Iterator[Path]:
-    """The folders that --lora-paths names; one of a hub is checked as it loads."""
-    given = lora_paths.values() if isinstance(lora_paths, dict) else lora_paths or ()
-    for one in given:
-        if isinstance(one, dict):
-            path = one["lora_path"]
-        else:
-            path = one.partition("=")[2] or one if isinstance(one, str) else one.lora_path
-        if Path(path).is_dir():
-            yield Path(path)
-
-
-def _check_adapter(folder: Path, config: Qwen3NextConfig) -> None:
-    try:
-        adapters.check_stored(folder, config)
-    except adapters.AdapterError as error:
-        raise ConfigError(f"--lora-paths {folder}: {error}") from error
 
 
 def _check_kernels(graphs: Any) -> None:

@@ -166,24 +166,6 @@ def _folder(model_config: Any, load_config: Any) -> Path:
 
 @patch(
     When.ON_CPU,
-    "sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager",
-    reason="SGLang's layers with adapters pin memory, which fails without a GPU, and do not "
-    "load adapters of in_proj_qkv, z, b and a",
-    remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
-    upstream="https://github.com/sgl-project/sglang/issues/31894",
-)
-def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
-    """Use our manager of LoRA adapters for our model."""
-    if not is_ours(runner.model_config):
-        host(runner)
-        return
-    from qwen3next_plugin.engines.sglang.model.adapters import Adapters
-
-    runner.lora_manager = Adapters(runner)
-
-
-@patch(
-    When.ON_CPU,
     "sglang.srt.speculative.spec_utils.commit_mamba_states_after_verify",
     reason="SGLang computes which states of a chain to keep; a page keeps all",
     remove_when="SGLang asks the backend whether there is something to commit",

@@ -148,7 +148,11 @@ OF_EXTRAS: Served = {
     "enable_unified_cache_external_linker": ((False,), MISSING, LEAVE_OUT),
     "disaggregation_mode": (("null",), MISSING, LEAVE_OUT),
 }
-OF_EXTRAS_ON_CPU: Served = {"nnodes": ((1,), MISSING, LEAVE_OUT)}
+OF_EXTRAS_ON_CPU: Served = {
+    "nnodes": ((1,), MISSING, LEAVE_OUT),
+    "enable_lora": ((None, False), MISSING, LEAVE_OUT),
+    "lora_paths": ((None, [], {}), MISSING, LEAVE_OUT),
+}
 
 
 def served(*, drafts: bool, on_cpu: bool) -> Served:

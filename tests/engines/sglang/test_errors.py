@@ -10,13 +10,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import bad_weights
 from checkpoints import BASE, write_checkpoint
 from engines import damaged, mixed
-from engines.lora import write_adapter
 from family import FAMILY
 from quantised import write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
@@ -120,24 +118,6 @@ def test_drafts_without_their_number_of_steps(complete, checkpoint, name):
 def test_qwens_own_line_is_completed(complete, checkpoint):
     resolved = complete(checkpoint, **NEXTN)
     assert (resolved.speculative_eagle_topk, resolved.speculative_num_draft_tokens) == (1, 4)
-
-
-def test_adapters_are_checked_by_their_files(complete, checkpoint, tmp_path):
-    """As a path, by a name, and as SGLang's Python has them."""
-    expert = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
-    a, b = torch.ones(4, BASE["hidden_size"]), torch.ones(BASE["moe_intermediate_size"], 4)
-    tensors = {f"{expert}.lora_A.weight": a, f"{expert}.lora_B.weight": b}
-    folder = str(write_adapter(tmp_path / "adapter", tensors, ["up_proj"]))
-    named = {"lora_name": "x", "lora_path": folder}
-    for paths in ([folder], [f"x={folder}"], [named], {"x": folder}):
-        message = f"--lora-paths {folder}: tensor {expert}.lora_A.weight: no adapter is served"
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            complete(checkpoint, lora_paths=paths)
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="safe_serialization=True"):
-        complete(checkpoint, lora_paths=[folder])
-    with pytest.raises(ConfigError, match=r"adapter_config\.json is not there"):
-        complete(checkpoint, lora_paths=[str(tmp_path)])
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -64,6 +64,7 @@ def test_what_extras_serve_is_refused_by_name(tmp_path):
     }
     asked = [
         ({"nnodes": 2, "tp_size": 2}, f"--nnodes 2: {missing}"),
+        ({"lora_paths": ["x=adapter"]}, f"--lora-paths .*: {missing}"),
         (apart, f"--disaggregation-mode prefill: {missing}"),
         (linker, f"--enable-unified-cache-external-linker: {missing}"),
     ]

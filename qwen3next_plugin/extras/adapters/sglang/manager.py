@@ -31,7 +31,7 @@ from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang.cpu.quantisation import make_product
 from qwen3next_plugin.engines.sglang.names import LORA_BACKEND
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
-from qwen3next_plugin.model.adapters import LowRank, read, stored
+from qwen3next_plugin.extras.adapters.low_rank import LowRank, read, stored
 
 # How SGLang splits an adapter among ranks, by the layer's class.
 SPLIT = {

@@ -1,12 +1,15 @@
 """LoRA adapters in PEFT's names: what they add to our projections, and what is refused."""
 
+import json
+
 import pytest
 import torch
 
 from checkpoints import BASE, random_tensors
+from damage import write_file
 from model.test_layouts import FLAT, flattened
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.adapters import PROJECTIONS, AdapterError, read
+from qwen3next_plugin.extras.adapters.low_rank import PROJECTIONS, AdapterError, check_stored, read
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
@@ -109,3 +112,20 @@ def test_settings_that_would_be_ignored_are_refused():
         read([], {"r": 3, "lora_alpha": 8, "alpha_pattern": {"q_proj": 1}}, config)
     with pytest.raises(AdapterError, match="no tensors"):
         read([], {"r": 3, "lora_alpha": 8}, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "holds a list"),
+        ({}, "lora_alpha = None: must be a number"),
+        ({"lora_alpha": "16"}, "lora_alpha = '16': must be a number"),
+        ({"lora_alpha": 16}, r"adapter_model\.safetensors.* damaged, download it again"),
+    ],
+    ids=str,
+)
+def test_a_damaged_adapter_is_named(tmp_path, settings, message):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    write_file(tmp_path / "adapter_model.safetensors", {"a": 3} if settings else {}, 0)
+    with pytest.raises(AdapterError, match=message):
+        check_stored(tmp_path, Qwen3NextConfig.from_hf(BASE))

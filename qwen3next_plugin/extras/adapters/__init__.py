@@ -1,0 +1,1 @@
+"""LoRA adapters under SGLang on CPUs. vLLM serves them itself."""
