@@ -18,7 +18,7 @@ def complete():
 
 def test_cores_for_rays_workers_are_refused(monkeypatch, complete, checkpoint):
     monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "1|0")  # never our own choice
     with pytest.raises(Exception, match=r"VLLM_CPU_OMP_THREADS_BIND with Ray: .*taskset"):
         complete(checkpoint, tensor_parallel_size=2, distributed_executor_backend="ray")
 
