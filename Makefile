@@ -93,9 +93,14 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 # Each engine's environment runs that engine's tests; what belongs to no engine runs in vLLM's.
 # EXTRA=fleet: those of one extra; EXTRA= (nothing): all but those of extras.
 EXTRA ?= *
+EXTRAS := $(notdir $(wildcard tests/extras/*))
+$(if $(filter-out * $(EXTRAS),$(EXTRA)),$(error EXTRA is one of $(EXTRAS), not $(EXTRA)))
+LEFT_OUT := $(if $(EXTRA),,--ignore tests/extras)
 TESTS_vllm   := $(if $(filter-out *,$(EXTRA)),tests/extras/$(EXTRA),tests)
 TESTS_sglang := $(strip $(if $(filter-out *,$(EXTRA)),,tests/engines/sglang) \
   $(wildcard tests/extras/$(EXTRA)/sglang tests/extras/$(EXTRA)/test_attacks.py))
+TESTED := $(foreach engine,$(EACH_ENGINE),$(if $(TESTS_$(engine)),$(engine)))
+$(if $(TESTED),,$(error EXTRA=$(EXTRA) has no tests with $(EACH_ENGINE)))
 
 # The kernels for GPUs are tested under each Triton that they are for. 3.9 comes with vLLM, one of
 # the others with SGLang: where that is installed, a link to it does.
@@ -179,23 +184,20 @@ ZENTORCH := 2.13.0.1
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of their paths: pytest-xdist's own, by the number of tests, has the
 # longest last. Engines want memory too, so there are four at most.
-PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' \
-  $(if $(EXTRA),,--ignore tests/extras) $(LONG)
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LEFT_OUT) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 TIMES    = $(if $(filter *,$(EXTRA)),--durations-to build/durations/$*-$(1).json)
-EXTRAS   = $(or $(wildcard tests/extras/$(EXTRA)),$(error EXTRA is one of $(notdir $(wildcard tests/extras/*))))
+NONE     = $(if $(filter-out *,$(EXTRA)),|| [ $$? -eq 5 ]) # of an extra's tests, none may be of a part
 
 PART ?= rest serve
 
-test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only; EXTRA=fleet: an extra's, EXTRA=: the core's
+test: $(TESTED:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only; EXTRA=fleet: an extra's, EXTRA=: the core's
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	$(PYTEST) $(ARGS)
-else ifneq ($(filter-out *,$(EXTRA)),)
-	$(if $(and $(EXTRAS),$(TESTS_$*)),$(PYTEST) -v $(PARALLEL) --maxprocesses 4)
 else
-	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) $(call TIMES,rest) -m "not serve")
-	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) $(call TIMES,serve) --maxprocesses 4 -m serve)
+	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) $(call TIMES,rest) -m "not serve" $(NONE))
+	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) $(call TIMES,serve) --maxprocesses 4 -m serve $(NONE))
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
@@ -226,7 +228,7 @@ SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layeri
   extras/command_line/test_checkout.py extras/pack/test_checkout.py \
   extras/self_check/test_other_tritons.py \
   kernels/test_interpreter.py)
-ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(SOURCE)
+ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(LEFT_OUT) $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
 	rm -rf dist $(AWAY) && mkdir -p $(AWAY)
 	$(WHEEL)/bin/python $(BUILD)
@@ -295,7 +297,7 @@ lint: .venv-$(THE_ENGINE)/.plugin ## lint, format and types
 	  --cache-dir $(TYPES).cache -p qwen3next_plugin
 
 check: lint ## lint, format, types, layering and the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths='$(TESTS_$(THE_ENGINE))' $(PARALLEL) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths='$(TESTS_$(THE_ENGINE))' $(LEFT_OUT) $(PARALLEL) \
 	  -m "not (serve or slow)" $(ARGS)
 
 format: .venv-$(THE_ENGINE)/.dev ## let the formatters write

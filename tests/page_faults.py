@@ -13,7 +13,7 @@ PR_SET_THP_DISABLE = 41  # linux/prctl.h
 def page_faults() -> int:
     """Those of this process when it takes and frees three tensors again, in small pages."""
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    for _ in range(2):  # something small may lie where the first time has freed a tensor
+    for _ in range(2):  # the first may leave something small in the freed space
         _take()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _take()

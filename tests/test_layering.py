@@ -36,7 +36,10 @@ ABOVE = {  # folder → what it must not import, of ours
     "mtp": {"engines", "machine", "cli", "commands"},
     "qwen3next_plugin/model": {"engines", "machine", "mtp", "cli", "commands"},
     "qwen3next_plugin/config": {"engines", "machine", "model", "mtp", "kernels", "cli", "commands"},
-    "qwen3next_plugin/machine": {"engines", "model", "mtp", "kernels", "config", "cli", "commands"},
+    "qwen3next_plugin/machine": {
+        *("engines", "extras", "model", "mtp", "kernels", "config", "cli", "commands", "versions"),
+        *("env", "kept"),
+    },
 }
 
 

@@ -108,7 +108,7 @@ def before_load(
     device: "torch.device",
     log: Log,
 ) -> None:
-    """Let all extras check what a rank is about to serve; raises what they raise."""
+    """Let all extras check what a rank is about to serve, or prepare for it; raises as they do."""
     for adds in additions(engine).values():
         if adds.before_load is not None:
             adds.before_load(config, page, device, log)

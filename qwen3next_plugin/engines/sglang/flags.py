@@ -68,12 +68,12 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """
     check_flags(server_args, on_cpu=on_cpu)
     _check_variables(on_cpu=on_cpu)
-    extras.check_flags("sglang", server_args)
     check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)
     _check_heads(model_config)
     _check_files(server_args, model_config, on_cpu=on_cpu)
+    extras.check_flags("sglang", server_args)
     if on_cpu:
         _check_cpu(server_args, server_args._raw_input, model_config)
     elif env.kernels() != "reference":

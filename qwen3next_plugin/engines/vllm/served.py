@@ -4,6 +4,7 @@ from typing import Any
 
 from qwen3next_plugin.engines.extras import MISSING, flags_served
 from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
+from qwen3next_plugin.engines.vllm.names import WORKER
 
 LOSSLESS = "drafts are the likeliest tokens; one is kept if it would be sampled without drafts"
 WHOLE = "the whole checkpoint is read, and checked"
@@ -28,6 +29,27 @@ SERVED_ON_CPU: Served = {
     ),
     "cache_config.kv_offloading_size": ((None,), "KV is in this memory already", LEAVE_OUT),
     "watermark_config": ((None,), "it is for model runner V2, which has no CPU", LEAVE_OUT),
+    "use_v2_model_runner": (
+        (False,),
+        "the plugin's worker drafts and verifies with V1",
+        "set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    "parallel_config.worker_cls": (
+        ("auto", WORKER),
+        f"the plugin serves this model with its own worker, {WORKER}",
+        "leave --worker-cls out",
+    ),
+    # It never allocates what passes between them, and lays KV out otherwise without attention.
+    "parallel_config.pipeline_parallel_size": (
+        (1,),
+        "vLLM's CPU runner cannot run pipeline stages of a hybrid model",
+        "use --tensor-parallel-size",
+    ),
+    "parallel_config.data_parallel_backend": (
+        ("mp",),
+        "on a CPU Ray places the workers of one engine only",
+        "leave it out, or start servers behind a router",
+    ),
 }
 # More, with drafts.
 SERVED_WITH_DRAFTS: Served = {

@@ -185,7 +185,10 @@ def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str])
 def leave_plain(
     config: Config, plain: Collection[str], linear: type[Any], unquantised: Callable[[], Any]
 ) -> Config:
-    """An engine's quantisation that skips these modules.
+    """An engine's quantisation, on a GPU, that skips these modules.
+
+    Each tool names skipped modules in config.json in its own way; some do not name the MTP layer's
+    input, or use names that the engine does not know for stacked projections.
 
     Args:
         linear: the class of an engine's projections.

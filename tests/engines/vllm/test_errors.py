@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_still_to_be_downloaded(monkeypatch, complete, chec
     ("flags", "message"),
     [
         ({"tensor_parallel_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: .* --tensor-parallel-size 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: .* --tensor-parallel-size"),
         (
             {"data_parallel_size": 2, "data_parallel_rank": 0},
             "--data-parallel-rank, .* add --enable-expert-parallel",
@@ -118,7 +118,7 @@ def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
 def test_engines_in_ray_are_refused(monkeypatch, complete, checkpoint):
     """Where Ray is installed; else vLLM asks for it."""
     monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
-    with pytest.raises(Exception, match=r"--data-parallel-backend ray: .*servers behind a router"):
+    with pytest.raises(Exception, match=r"data_parallel_backend = ray: .*servers behind a router"):
         complete(
             checkpoint,
             data_parallel_size=2,
@@ -247,10 +247,12 @@ def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
 )
 def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
     """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
+    from qwen3next_plugin.engines.vllm import served
     from qwen3next_plugin.engines.vllm.checking import CheckFlags
 
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.delitem(served.SERVED_ON_CPU, "use_v2_model_runner")
     monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.page_copy.needed", lambda: False)
     monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags.check_cpu", lambda *_: None)
     check = CheckFlags.verify_and_update_config
@@ -264,7 +266,7 @@ def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner
 def test_runner_v2_is_refused_on_a_cpu(monkeypatch, complete, checkpoint):
     """vLLM 0.33 chooses it where its CPU build finds triton-cpu."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(Exception, match=r"V2 on a CPU: .* VLLM_USE_V2_MODEL_RUNNER=0"):
+    with pytest.raises(Exception, match=r"v2_model_runner = True: .* VLLM_USE_V2_MODEL_RUNNER=0"):
         complete(checkpoint)
 
 

@@ -37,7 +37,7 @@ FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")  # of vLLM's CPU attention
     remove_when="vLLM can keep engines of a mixture of experts apart",
 )
 def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what neither vLLM nor the plugin runs on a CPU, and weights that do not fit.
+    """Refuse what several flags make impossible on a CPU, and weights that do not fit.
 
     Raises:
         ConfigError: names the flag and the fix.
@@ -54,24 +54,7 @@ def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             "--lora-target-modules experts: on a CPU there is no LoRA for routed experts; leave "
             "them out"
         )
-    if vllm_config.use_v2_model_runner:
-        raise ConfigError(
-            "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
-            "VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    if config.pp_size > 1:
-        raise ConfigError(
-            f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "
-            f"stages of a hybrid model (it never allocates what passes between them, and "
-            f"stages without attention get another KV cache layout); use "
-            f"--tensor-parallel-size {config.pp_size}"
-        )
     parallel_config = vllm_config.parallel_config
-    if parallel_config.data_parallel_backend == "ray":
-        raise ConfigError(
-            "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
-            "leave it out, or start servers behind a router"
-        )
     backend = parallel_config.distributed_executor_backend
     if backend == RAY and backend not in extras.executors("vllm"):
         raise ConfigError(f"--distributed-executor-backend {RAY}: {extras.MISSING}; leave it out")
@@ -81,12 +64,6 @@ def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             "--data-parallel-rank, or --data-parallel-external-lb: each engine has all experts and "
             "needs no other; start plain servers without --data-parallel-* flags, or add "
             "--enable-expert-parallel"
-        )
-    worker = parallel_config.worker_cls
-    if worker not in ("auto", WORKER):
-        raise ConfigError(
-            f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
-            f"leave --worker-cls out"
         )
     check_memory(config, vllm_config)
 

@@ -15,7 +15,7 @@ from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 
 
 class HybridModel(HasInnerState, IsHybrid, MixtureOfExperts):
-    """The size of its pages, which is asked for before the model is built; its experts' places."""
+    """The size of a page, asked for before a model is built, and where its experts are."""
 
     moe_layers: list[Any]
     num_logical_experts: int

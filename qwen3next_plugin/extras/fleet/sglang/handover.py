@@ -31,13 +31,13 @@ _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its 
     reason="SGLang compares neither weights nor states between two servers",
     remove_when="a model can add to what is compared",
 )
-def with_shared_settings(host: Callable[[Any], None], manager: Any) -> None:
+def with_settings(host: Callable[[Any], None], manager: Any) -> None:
     """Send our digest in SGLang's `kv_layout` field.
 
     SGLang itself compares layouts only where both servers name one, and ends the decode server.
     """
     if serves_ours():
-        manager.kv_layout = shared_settings()
+        manager.kv_layout = described_settings()
     host(manager)
 
 
@@ -54,13 +54,13 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
 
     manager, room = receiver.kv_mgr, receiver.bootstrap_room
     registered = manager.prefill_info_table.get(receiver.bootstrap_addr)  # None: it has ended
-    if registered is None or not serves_ours() or registered.kv_layout == shared_settings():
+    if registered is None or not serves_ours() or registered.kv_layout == described_settings():
         host(receiver, prefill_dp_rank)
         return
     manager.record_failure(
         room,
         f"qwen3next_plugin: the prefill server at {receiver.bootstrap_addr} is not alike; "
-        f"Local: ({shared_settings()}), Remote: ({registered.kv_layout})",
+        f"Local: ({described_settings()}), Remote: ({registered.kv_layout})",
     )
     receiver.conclude_state = KVPoll.Failed
     manager.update_status(room, KVPoll.Failed)
@@ -119,7 +119,7 @@ def refuse_same_room(
 
 
 @cache
-def shared_settings() -> str:
+def described_settings() -> str:
     """This rank's values of the settings that both servers must share, in readable form."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.runtime_context import get_parallel, get_server_args
@@ -214,7 +214,7 @@ def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
     if not (hands_over(get_server_args()) and is_ours(scheduler.model_config)):
         host(scheduler)
         return
-    shared_settings()  # hash files now, not while a request waits
+    described_settings()  # hash files now, not while a request waits
     api: Any = import_module("nixl._api")
     agent = api.nixl_agent
 

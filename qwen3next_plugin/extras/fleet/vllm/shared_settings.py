@@ -34,7 +34,7 @@ class SharedSettings(NamedTuple):
 
 
 def settings_of(vllm_config: VllmConfig, config: Qwen3NextConfig) -> SharedSettings:
-    """These settings of a server with these flags."""
+    """The settings that servers must share, of a server with these flags."""
     hf_config = vllm_config.model_config.hf_config
     # KV is laid out as vLLM's attention on this processor reads it.
     rest = vllm_config.cache_config.cache_dtype, *computed_by(hf_config, vllm.__version__)

@@ -6,12 +6,13 @@ from qwen3next_plugin.engines.extras import Additions
 
 
 def before_load(*_: Any) -> None:
-    """Watch what is read of adapters, where there are any."""
-    from vllm.config import get_current_vllm_config
+    """Refuse adapters with parts that fit no module, where LoRA is on."""
+    from vllm.config import get_current_vllm_config_or_none
 
     from qwen3next_plugin.engines.vllm.patches import When, apply
 
-    if get_current_vllm_config().lora_config is not None:
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None and vllm_config.lora_config is not None:
         apply(When.WITH_LORA)
 
 

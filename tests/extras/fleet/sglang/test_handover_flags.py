@@ -89,7 +89,7 @@ def told(monkeypatch, checkpoint):
         monkeypatch.setattr(context, "get_parallel", lambda: Bag(tp_size=ranks))
         monkeypatch.setattr(models, "model_config_of", lambda _: config)
         monkeypatch.setattr(pages, "page_layout", lambda _: replace(LAYOUT, **layout))
-        return handover.shared_settings.__wrapped__()
+        return handover.described_settings.__wrapped__()
 
     return run
 
@@ -122,7 +122,7 @@ def same(monkeypatch):
     def of(config: Any) -> None:
         monkeypatch.setattr(context, "get_server_args", given)
         monkeypatch.setattr(models, "model_config_of", lambda _: config)
-        monkeypatch.setattr(handover, "shared_settings", lambda: "same")
+        monkeypatch.setattr(handover, "described_settings", lambda: "same")
 
     return of
 
@@ -131,7 +131,7 @@ def same(monkeypatch):
 def test_a_prefill_server_registers_with_it(same, config, layout):
     same(config)
     manager, seen = Bag(kv_layout=None), []
-    handover.with_shared_settings(lambda it: seen.append(it.kv_layout), manager)
+    handover.with_settings(lambda it: seen.append(it.kv_layout), manager)
     assert seen == [layout]
 
 

@@ -438,7 +438,8 @@ def test_the_server_answers_others_while_it_checks(server, first):
             while not all(each.done() for each in asked):
                 server.get("/health")
                 times.append(time.monotonic())
-        longest = max(waited(since, until, looks) for since, until in pairwise(times))
+        waits = (waited(since, until, looks) for since, until in pairwise(times))
+        longest = max(waits, default=0.0)
         statuses = {each.result() for each in asked}
         assert 503 in statuses <= {200, 400, 503}
         return longest < 1
@@ -450,7 +451,7 @@ def test_the_server_answers_others_while_it_checks(server, first):
 
 @pytest.mark.compat
 def test_outlines_has_no_limit():
-    """Fails when it has one for states: then look whether engines/processes.py can go."""
+    """Fails when it has one for states: then look whether extras/host_fixes/processes.py can go."""
     builds = (
         "import resource, outlines_core as o\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (2, 2))\n"
@@ -463,7 +464,7 @@ def test_outlines_has_no_limit():
 
 @pytest.mark.compat
 def test_llguidance_has_no_limit():
-    """Fails when it has one for items: then look whether engines/processes.py can go."""
+    """Fails when it has one for items: then look whether extras/host_fixes/processes.py can go."""
     reads = (
         "import json, resource, sys, llguidance as l\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
