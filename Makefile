@@ -96,9 +96,9 @@ EXTRA ?= *
 EXTRAS := $(notdir $(wildcard tests/extras/*))
 $(if $(filter-out * $(EXTRAS),$(EXTRA)),$(error EXTRA is one of $(EXTRAS), not $(EXTRA)))
 LEFT_OUT := $(if $(EXTRA),,--ignore tests/extras)
-TESTS_vllm   := $(if $(filter-out *,$(EXTRA)),tests/extras/$(EXTRA),tests)
+TESTS_vllm   := $(or $(addprefix tests/extras/,$(filter-out *,$(EXTRA))),tests)
 TESTS_sglang := $(strip $(if $(filter-out *,$(EXTRA)),,tests/engines/sglang) \
-  $(wildcard tests/extras/$(EXTRA)/sglang tests/extras/$(EXTRA)/test_attacks.py))
+  $(wildcard $(foreach name,sglang test_attacks.py,$(EXTRA:%=tests/extras/%/$(name)))))
 TESTED := $(foreach engine,$(EACH_ENGINE),$(if $(TESTS_$(engine)),$(engine)))
 $(if $(TESTED),,$(error EXTRA=$(EXTRA) has no tests with $(EACH_ENGINE)))
 

@@ -114,7 +114,7 @@ def _check_flags(vllm_config: VllmConfig) -> None:
         owner = reduce(getattr, owners, vllm_config)
         # A version of vLLM may lack a field.
         if owner is not None and (value := getattr(owner, name, values[0])) not in values:
-            raise ConfigError(f"{name} = {value}: {why}; {fix}")
+            raise ConfigError(f"{name} = {value}: {why}; {fix.format(value)}")
 
 
 def _check_tower(vllm_config: VllmConfig) -> None:

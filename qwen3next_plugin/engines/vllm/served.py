@@ -10,7 +10,7 @@ LOSSLESS = "drafts are the likeliest tokens; one is kept if it would be sampled 
 WHOLE = "the whole checkpoint is read, and checked"
 LEAVE_OUT = "leave it out"
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
-# Field of VllmConfig → the values that are served, why no others, and the fix.
+# Field of VllmConfig → the values that are served, why no others, and the fix; {}: the value.
 SERVED: Served = {
     "parallel_config.enable_ep_weight_filter": ((False,), WHOLE, LEAVE_OUT),
     "model_config.multimodal_config.mm_encoder_only": ((False,), WHOLE, LEAVE_OUT),
@@ -31,7 +31,7 @@ SERVED_ON_CPU: Served = {
     "watermark_config": ((None,), "it is for model runner V2, which has no CPU", LEAVE_OUT),
     "use_v2_model_runner": (
         (False,),
-        "the plugin's worker drafts and verifies with V1",
+        "on a CPU the plugin's worker drafts and verifies with V1",
         "set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     "parallel_config.worker_cls": (
@@ -43,7 +43,7 @@ SERVED_ON_CPU: Served = {
     "parallel_config.pipeline_parallel_size": (
         (1,),
         "vLLM's CPU runner cannot run pipeline stages of a hybrid model",
-        "use --tensor-parallel-size",
+        "use --tensor-parallel-size {}",
     ),
     "parallel_config.data_parallel_backend": (
         ("mp",),

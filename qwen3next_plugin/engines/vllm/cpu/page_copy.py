@@ -23,9 +23,8 @@ def needed() -> bool:
 
 
 def provide() -> None:
-    """Register our page copies where they are needed."""
-    if needed():
-        apply(When.PAGE_COPIES, put=_register_kernels)
+    """Register our page copies."""
+    apply(When.PAGE_COPIES, put=_register_kernels)
 
 
 def _register_kernels(kernels: Sequence[Function]) -> None:

@@ -17,8 +17,10 @@ def check_adapters(server_args: Any) -> None:
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
-    for folder in _folders(server_args.lora_paths):
-        config = read_config(model_config_of(server_args).hf_config, server_args.tp_size)
+    if not (folders := list(_folders(server_args.lora_paths))):
+        return
+    config = read_config(model_config_of(server_args).hf_config, server_args.tp_size)
+    for folder in folders:
         try:
             check_stored(folder, config)
         except AdapterError as error:
