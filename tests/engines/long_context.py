@@ -127,7 +127,7 @@ class Gauge:
         self.thread.join()
 
     def _look(self) -> None:
-        while not self.over.wait(0.5):
+        while not self.over.wait(0.05):
             metrics = self.server.metrics()
             for name in self.names:
                 self.seen[name].append(metrics.get(name, 0.0))

@@ -115,10 +115,13 @@ def free_port() -> int:
     """A port of this machine's that nobody listens on.
 
     None of those that the kernel gives to outgoing connections: one of them, a client's that waits
-    for the server for instance, could have taken it before the server listens.
+    for the server for instance, could have taken it before the server listens. Nor one of another
+    worker's of pytest-xdist, whose servers listen on ports up to a thousand above their own, too.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = 15_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = SystemRandom().randrange(15_000, 30_000)
+        port = 15_000 + worker * own + SystemRandom().randrange(max(own - 1_000, own // 2))
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

@@ -6,6 +6,7 @@ prompts, engines/pacing.py chooses the chunks, and a partly read prompt may be s
 shorter one. It keeps its row, its page and its tokens, as between two chunks.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
+from qwen3next_plugin.engines.pacing import UNIT, LongestStep, Pacing, Prompt
 from qwen3next_plugin.engines.sglang.patches import When, patch
+from qwen3next_plugin.engines.shared_prefixes import next_place
 
 MUCH_SHORTER = 4  # times
 LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
@@ -26,7 +28,8 @@ class Turns:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.longest, self.longest_seconds = LongestStep(), 0.0
-        self.pacing = Pacing(env.step_seconds() if _may_pace(scheduler) else 0.0, self._agree)
+        self.cuts = _may_cut(scheduler)
+        self.pacing = Pacing(env.step_seconds() if self.cuts else 0.0, self._agree)
         self.aside: list[Any] = []  # partly read requests, except the scheduler's chunked_req
         self.left: list[Any] = []  # those of them whose clients have left
 
@@ -46,7 +49,10 @@ class Turns:
         self.pacing.costs.observe(rows, tokens, positions / max(1, tokens), seconds)
 
     def begin(self, rows: int) -> int | None:
-        """Choose the next prompt to read; returns the step's tokens, None: any number."""
+        """Choose the next prompt to read; returns the step's tokens, None: any number.
+
+        A chunk ends where its prompt's page is to be kept.
+        """
         scheduler = self.scheduler
         parts = self.aside + [r for r in (scheduler.chunked_req,) if r is not None]
         parts.sort(key=lambda req: req.time_stats.wait_queue_entry_time)
@@ -57,16 +63,18 @@ class Turns:
         shares = self.pacing.shares(prompts, rows, most)
         first = 0 if shares is None else self.pacing.first
         self._resume(parts, first)
-        if shares is None:
+        if not prompts:
             return None
+        req, context = (parts + waiting)[first], prompts[first].context
+        place = place_of_page(req, context) if self._shares_prefixes() else None
+        if shares is None:
+            return place and place - context
         if first >= len(parts):
-            req = waiting[first - len(parts)]
             scheduler.waiting_queue.remove(req)
             scheduler.waiting_queue.insert(0, req)
-        # Chunks end at the positions where the radix tree keeps states.
-        to_end = most - prompts[first].context % most
+        end = min(context + most - context % most, place or math.inf)
         limit = self.pacing.limit
-        return min(limit, to_end) if shares[first] > to_end else limit
+        return min(limit, end - context) if context + shares[first] > end else limit
 
     def _may_begin(self, parts: list[Any]) -> list[Any]:
         """Waiting requests to read next: all, or much shorter ones if some are partly read."""
@@ -84,11 +92,14 @@ class Turns:
         """A waiting request's prompt, behind its cached prefix if that is looked up."""
         from sglang.srt.mem_cache.common import match_kv_cache
 
-        tree, tokens = self.scheduler.tree_cache, len(req.origin_input_ids) + len(req.output_ids)
-        if look_up and req.session is None and tree.supports_prefix_sharing():
-            match_kv_cache(req, tree)
+        tokens = len(req.origin_input_ids) + len(req.output_ids)
+        if look_up and req.session is None and self._shares_prefixes():
+            match_kv_cache(req, self.scheduler.tree_cache)
         computed = min(req.num_matched_prefix_tokens, tokens - 1)
         return Prompt(tokens - computed, computed)
+
+    def _shares_prefixes(self) -> bool:
+        return self.scheduler.tree_cache.supports_prefix_sharing()
 
     def _resume(self, parts: list[Any], first: int) -> None:
         """Continue one of these requests, or none if a new one begins; set the others aside."""
@@ -110,7 +121,17 @@ class Turns:
                 self.left.append(req)
 
 
-def _may_pace(scheduler: Any) -> bool:
+def place_of_page(req: Any, context: int) -> int | None:
+    """Where a request's page is to be kept next, of whose prompt `context` tokens are read."""
+    return next_place(
+        req.origin_input_ids,
+        context,
+        junction=req.mamba_branching_seqlen or 0,
+        ends=req.eos_token_ids or (),
+    )
+
+
+def _may_cut(scheduler: Any) -> bool:
     """Whether this scheduler both reads prompts, in chunks, and decodes, without other servers."""
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
@@ -170,14 +191,16 @@ def read_prompts(
     found = turns(scheduler)
     rows = sum(not req.finished() for req in running_batch.reqs)
     last = scheduler.last_batch
-    if not found.pacing.seconds:
+    if not found.cuts:
         return host(scheduler, running_batch=running_batch, **options)
-    if rows and last is not None and last.forward_mode.is_extend():
+    if found.pacing.seconds and rows and last is not None and last.forward_mode.is_extend():
         return None, running_batch  # a decode step is next
     most = scheduler.chunked_prefill_size
+    # SGLang subtracts the rows that decode in the same step, even to less than nothing.
+    mixed = len(running_batch.reqs) if scheduler.is_mixed_chunk else 0
     try:
-        limit = found.begin(rows)
-        scheduler.chunked_prefill_size = limit or most
+        limit = found.begin(rows) or max(UNIT, most - mixed)
+        scheduler.chunked_prefill_size = limit + mixed
         batch, running_batch = host(scheduler, running_batch=running_batch, **options)
         if batch is None and scheduler.chunked_req is None and found.aside:
             found.resume_oldest()
@@ -230,12 +253,14 @@ def keep_whole(
     remove_when="SGLang bounds the time of a step",
 )
 def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None:
-    """Around `stash_chunked_request`: cache a prompt's state only where SGLang's chunks end.
+    """Around `stash_chunked_request`: cache a page where SGLang's chunks end or it is worth it.
 
-    States of all the small chunks of a budget would evict other prompts' states.
+    Pages of all the small chunks of a budget would evict other prompts' pages.
     """
     most = scheduler.chunked_prefill_size
-    if not turns(scheduler).pacing.seconds or req.prefix_len // most != req.extend_end // most:
+    ends = req.prefix_len // most != req.extend_end // most
+    kept = ends or place_of_page(req, req.prefix_len) == req.extend_end
+    if kept or not turns(scheduler).pacing.seconds:
         return host(scheduler, req)
     barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
     try:

@@ -164,7 +164,7 @@ def test_long_prompts_over_http(tmp_path, reference, tokens, dtype):
 
     The longest native prompt is read in bf16, because attention in fp32 takes long here.
     """
-    answer, drafts = 8, 2
+    answer, drafts = 32, 2  # long enough that the gauge sees the whole prompt
     pages, usage = "sglang:qwen3next_state_pages", "sglang:num_used_tokens"
     folder, prompt = write_small(tmp_path / "model", tokens), random_prompt(tokens)
     server = serve(folder, tokens, tokens + 64, *NEXTN, str(drafts), dtype=dtype)

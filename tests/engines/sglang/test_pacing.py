@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace as Bag
 
+import pytest
 from sglang.srt.managers import schedule_batch
 
 from qwen3next_plugin.engines.pacing import FIRST, Pacing
@@ -10,6 +11,7 @@ from qwen3next_plugin.engines.sglang import pacing
 from qwen3next_plugin.engines.sglang.pacing import Turns
 
 CHUNK = 4096
+END = 1  # the token that ends a message
 
 
 class Request:
@@ -18,6 +20,7 @@ class Request:
         self.origin_input_ids, self.output_ids = [0] * tokens, []
         self.full_untruncated_fill_ids = self.origin_input_ids
         self.prefix_len = self.num_matched_prefix_tokens = 0
+        self.mamba_branching_seqlen, self.eos_token_ids = None, {END}
         self.time_stats = Bag(wait_queue_entry_time=at)
 
     @property
@@ -37,12 +40,15 @@ class Scheduler:
         self._pending_chunked_abort_req = None
         self.schedule_policy, self.enable_priority_scheduling = policy, False
         self.tree_cache = Bag(supports_prefix_sharing=lambda: False)
-        self.full = False
+        self.full = self.is_mixed_chunk = False
         self.qwen3next_turns = turns = Turns.__new__(Turns)
+        turns.cuts = True
         turns.scheduler, turns.pacing, turns.aside, turns.left = self, Pacing(1.0), [], []
 
     def read(self, *, running_batch):
         left, read = self.chunked_prefill_size, Counter()
+        if self.is_mixed_chunk:
+            left -= len(running_batch.reqs)
         parts = [req for req in (self.chunked_req,) if req is not None]
         for req in [*parts, *([] if self.full else self.waiting_queue)]:
             if left and (req.rest <= left or self.chunked_req in (None, req)):
@@ -56,6 +62,14 @@ class Scheduler:
     def step(self, rows=1):
         batch = Bag(reqs=[Request("row", 1, 0)] * rows, batch_is_full=False)
         return pacing.read_prompts(Scheduler.read, self, running_batch=batch)[0]
+
+
+def test_rows_that_decode_in_the_same_step_take_no_tokens_from_prompts():
+    scheduler = Scheduler(Request("long", 8000, 0))
+    scheduler.is_mixed_chunk = True
+    assert scheduler.step(rows=FIRST + 9) == {"long": FIRST}
+    scheduler.chunked_prefill_size = CHUNK
+    assert scheduler.step(rows=0) == {"long": CHUNK}
 
 
 def test_a_decode_step_follows_each_step_of_prompts():
@@ -116,10 +130,30 @@ def test_chunks_end_where_states_are_kept():
         kept.append(not req.skip_radix_cache_insert)
 
     for start, end in ((0, 64), (CHUNK - 16, CHUNK), (CHUNK, CHUNK + 64), (100, 2 * CHUNK)):
-        part = Bag(prefix_len=start, extend_end=end, skip_radix_cache_insert=False)
+        part = Request("part", 9000, 0)
+        part.prefix_len, part.extend_end, part.skip_radix_cache_insert = start, end, False
         pacing.publish_at_ends(host, scheduler, part)
         assert not part.skip_radix_cache_insert
     assert kept == [False, True, False, True]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_chunks_end_at_a_junction_and_behind_the_first_message(rows):
+    scheduler, kept = Scheduler(req := Request("one", 1500, 0)), []
+    scheduler.tree_cache, req.session = Bag(supports_prefix_sharing=lambda: True), "looked up"
+    req.origin_input_ids[699] = req.origin_input_ids[1400] = END
+    req.mamba_branching_seqlen, req.prefix_len = 320, 100
+    req.num_matched_prefix_tokens, ends = req.prefix_len, [req.prefix_len]
+    while req.rest:
+        before, req.skip_radix_cache_insert = req.prefix_len, False
+        scheduler.step(rows)
+        req.prefix_len, req.extend_end = before, req.prefix_len
+        pacing.publish_at_ends(lambda _, req: kept.append(req.skip_radix_cache_insert), scheduler, req)
+        req.prefix_len = req.extend_end
+        ends.append(req.prefix_len)
+    places = [end for end, barred in zip(ends[1:], kept, strict=True) if not barred]
+    assert places == [320, 700] and {*places} < {*ends}
+    assert rows or ends == [100, 320, 700, 1500]
 
 
 def test_a_client_that_leaves_takes_its_request_from_aside():
