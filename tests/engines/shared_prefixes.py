@@ -4,7 +4,9 @@ from checkpoints import random_prompt
 
 END = 1  # the token that ends a message, in the random checkpoints
 SYSTEM, SHARED, LENGTH = 1500, 1200, 2200  # tokens
-TEXTS = [random_prompt(SHARED, seed=4) + random_prompt(LENGTH - SHARED, seed=n) for n in (5, 6, 7, 8)]
+TEXTS = [
+    random_prompt(SHARED, seed=4) + random_prompt(LENGTH - SHARED, seed=n) for n in range(5, 9)
+]
 
 
 def message(length: int, seed: int) -> tuple[int, ...]:

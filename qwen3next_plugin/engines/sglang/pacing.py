@@ -16,7 +16,7 @@ import torch
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.pacing import UNIT, LongestStep, Pacing, Prompt
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.shared_prefixes import next_place
+from qwen3next_plugin.engines.sglang.shared_prefixes import next_place
 
 MUCH_SHORTER = 4  # times
 LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
@@ -66,7 +66,7 @@ class Turns:
         if not prompts:
             return None
         req, context = (parts + waiting)[first], prompts[first].context
-        place = place_of_page(req, context) if self._shares_prefixes() else None
+        place = next_place(req, context) if self._shares_prefixes() else None
         if shares is None:
             return place and place - context
         if first >= len(parts):
@@ -119,16 +119,6 @@ class Turns:
         for req in self.aside:
             if asked.abort_all or req.rid.startswith(asked.rid):
                 self.left.append(req)
-
-
-def place_of_page(req: Any, context: int) -> int | None:
-    """Where a request's page is to be kept next, of whose prompt `context` tokens are read."""
-    return next_place(
-        req.origin_input_ids,
-        context,
-        junction=req.mamba_branching_seqlen or 0,
-        ends=req.eos_token_ids or (),
-    )
 
 
 def _may_cut(scheduler: Any) -> bool:
@@ -259,7 +249,7 @@ def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None
     """
     most = scheduler.chunked_prefill_size
     ends = req.prefix_len // most != req.extend_end // most
-    kept = ends or place_of_page(req, req.prefix_len) == req.extend_end
+    kept = ends or next_place(req, req.prefix_len) == req.extend_end
     if kept or not turns(scheduler).pacing.seconds:
         return host(scheduler, req)
     barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True

@@ -6,9 +6,8 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.checks import check_greedy
-from engines.shared_prefixes import CHATS, SHARED, SYSTEM, TEXTS
 from engines.sglang.server import NEXTN, Forked, Server
-from reference import Reference
+from engines.shared_prefixes import CHATS, SHARED, SYSTEM, TEXTS
 
 pytestmark = pytest.mark.serve
 
@@ -59,5 +58,3 @@ def test_a_burst_of_chats_reads_the_system_message_once(server, reference, check
     answers = server.greedy(CHATS, 4, return_logprob=True)
     check_greedy(reference(checkpoint), CHATS, answers)
     assert sorted(answer.cached for answer in answers) == [0, SYSTEM, SYSTEM]
-
-

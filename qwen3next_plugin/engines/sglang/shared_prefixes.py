@@ -1,0 +1,37 @@
+"""Where SGLang's radix tree gets a state page, so that other prompts can continue from there.
+
+The tree has the KV of every token of a prompt, but a state page only where a chunk ended. So chunks
+end where prompts are likely to part: at a junction, to which this prompt's tokens are in the tree
+without a page, and behind the first message, often a system prompt that many requests share.
+"""
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import Any
+
+LEAST = 64  # tokens: a shorter prefix is not worth a page
+
+
+def next_place(req: Any, context: int) -> int | None:
+    """The next position at which to keep a page, of a prompt of which `context` tokens are read."""
+    tokens, first = req.origin_input_ids, max(context + 1, LEAST)
+    places = (req.mamba_branching_seqlen or 0, first_message(tokens, req.eos_token_ids or ()))
+    return min((at for at in places if first <= at < len(tokens)), default=None)
+
+
+def first_message(tokens: Sequence[int], ends: Collection[int]) -> int:
+    """Length of a prompt's first message if another one follows, else 0.
+
+    `ends` are the tokens that end a message.
+    """
+    end = _find(tokens, ends, 0)
+    return 0 if end is None or _find(tokens, ends, end + 1) is None else end + 1
+
+
+def _find(tokens: Sequence[int], wanted: Collection[int], start: int) -> int | None:
+    """Index of the first of the wanted tokens from `start` on."""
+    found = []
+    for token in wanted:
+        with suppress(ValueError):
+            found.append(tokens.index(token, start))
+    return min(found, default=None)
