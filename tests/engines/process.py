@@ -115,8 +115,8 @@ def free_port() -> int:
     """A port of this machine's that nobody listens on.
 
     None of those that the kernel gives to outgoing connections: one of them, a client's that waits
-    for the server for instance, could have taken it before the server listens. Nor one of another
-    worker's of pytest-xdist, whose servers listen on ports up to a thousand above their own, too.
+    for the server for instance, could have taken it before the server listens. Each worker of
+    pytest-xdist has its own range: SGLang also listens on ports up to a thousand above its own.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     own = 15_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -16,7 +16,7 @@ import torch
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.pacing import UNIT, LongestStep, Pacing, Prompt
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.shared_prefixes import next_place
+from qwen3next_plugin.engines.sglang.shared_prefixes import LEAST, next_place
 
 MUCH_SHORTER = 4  # times
 LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
@@ -28,8 +28,7 @@ class Turns:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.longest, self.longest_seconds = LongestStep(), 0.0
-        self.cuts = _may_cut(scheduler)
-        self.pacing = Pacing(env.step_seconds() if self.cuts else 0.0, self._agree)
+        self.pacing = Pacing(env.step_seconds() if _may_pace(scheduler) else 0.0, self._agree)
         self.aside: list[Any] = []  # partly read requests, except the scheduler's chunked_req
         self.left: list[Any] = []  # those of them whose clients have left
 
@@ -49,9 +48,9 @@ class Turns:
         self.pacing.costs.observe(rows, tokens, positions / max(1, tokens), seconds)
 
     def begin(self, rows: int) -> int | None:
-        """Choose the next prompt to read; returns the step's tokens, None: any number.
+        """Choose the next prompt to read; returns the step's tokens, None: SGLang's own chunk.
 
-        A chunk ends where its prompt's page is to be kept.
+        A chunk ends where a page of its prompt is to be kept.
         """
         scheduler = self.scheduler
         parts = self.aside + [r for r in (scheduler.chunked_req,) if r is not None]
@@ -66,15 +65,26 @@ class Turns:
         if not prompts:
             return None
         req, context = (parts + waiting)[first], prompts[first].context
-        place = next_place(req, context) if self._shares_prefixes() else None
+        place = self._place(req, context, begun=first < len(parts))
         if shares is None:
-            return place and place - context
+            return place and min(place - context, most)
         if first >= len(parts):
             scheduler.waiting_queue.remove(req)
             scheduler.waiting_queue.insert(0, req)
         end = min(context + most - context % most, place or math.inf)
         limit = self.pacing.limit
         return min(limit, end - context) if context + shares[first] > end else limit
+
+    def _place(self, req: Any, context: int, *, begun: bool) -> int | None:
+        """Where to keep the next page of a prompt; not close to the cached one that it begins at.
+
+        SGLang may still reorder waiting prompts, unless they are read in order of arrival.
+        """
+        if begun:
+            return next_place(req, context)
+        if req.session is not None or not _in_order_of_arrival(self.scheduler):
+            return None
+        return next_place(req, context + LEAST - 1)
 
     def _may_begin(self, parts: list[Any]) -> list[Any]:
         """Waiting requests to read next: all, or much shorter ones if some are partly read."""
@@ -121,7 +131,7 @@ class Turns:
                 self.left.append(req)
 
 
-def _may_cut(scheduler: Any) -> bool:
+def _may_pace(scheduler: Any) -> bool:
     """Whether this scheduler both reads prompts, in chunks, and decodes, without other servers."""
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
@@ -181,12 +191,12 @@ def read_prompts(
     found = turns(scheduler)
     rows = sum(not req.finished() for req in running_batch.reqs)
     last = scheduler.last_batch
-    if not found.cuts:
+    if not found.pacing.seconds:
         return host(scheduler, running_batch=running_batch, **options)
-    if found.pacing.seconds and rows and last is not None and last.forward_mode.is_extend():
+    if rows and last is not None and last.forward_mode.is_extend():
         return None, running_batch  # a decode step is next
     most = scheduler.chunked_prefill_size
-    # SGLang subtracts the rows that decode in the same step, even to less than nothing.
+    # SGLang subtracts the rows that decode in the same step, without regard to what is left.
     mixed = len(running_batch.reqs) if scheduler.is_mixed_chunk else 0
     try:
         limit = found.begin(rows) or max(UNIT, most - mixed)
@@ -239,18 +249,19 @@ def keep_whole(
 @patch(
     When.ON_CPU,
     "sglang.srt.managers.scheduler.Scheduler.stash_chunked_request",
-    reason="SGLang keeps a state for each chunk, of which there would be too many",
+    reason="SGLang keeps a page for each chunk, of which there would be too many",
     remove_when="SGLang bounds the time of a step",
 )
 def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None:
-    """Around `stash_chunked_request`: cache a page where SGLang's chunks end or it is worth it.
+    """Around `stash_chunked_request`: cache a page where SGLang's chunks end, and at places.
 
     Pages of all the small chunks of a budget would evict other prompts' pages.
     """
+    if not turns(scheduler).pacing.seconds:
+        return host(scheduler, req)
     most = scheduler.chunked_prefill_size
     ends = req.prefix_len // most != req.extend_end // most
-    kept = ends or next_place(req, req.prefix_len) == req.extend_end
-    if kept or not turns(scheduler).pacing.seconds:
+    if ends or next_place(req, req.prefix_len) == req.extend_end:
         return host(scheduler, req)
     barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
     try:

@@ -21,6 +21,7 @@ class Request:
         self.full_untruncated_fill_ids = self.origin_input_ids
         self.prefix_len = self.num_matched_prefix_tokens = 0
         self.mamba_branching_seqlen, self.eos_token_ids = None, {END}
+        self.skip_radix_cache_insert = self.return_hidden_states = False
         self.time_stats = Bag(wait_queue_entry_time=at)
 
     @property
@@ -42,7 +43,6 @@ class Scheduler:
         self.tree_cache = Bag(supports_prefix_sharing=lambda: False)
         self.full = self.is_mixed_chunk = False
         self.qwen3next_turns = turns = Turns.__new__(Turns)
-        turns.cuts = True
         turns.scheduler, turns.pacing, turns.aside, turns.left = self, Pacing(1.0), [], []
 
     def read(self, *, running_batch):
@@ -140,7 +140,6 @@ def test_chunks_end_where_states_are_kept():
 @pytest.mark.parametrize("rows", [0, 1])
 def test_chunks_end_at_a_junction_and_behind_the_first_message(rows):
     scheduler, kept = Scheduler(req := Request("one", 1500, 0)), []
-    scheduler.tree_cache, req.session = Bag(supports_prefix_sharing=lambda: True), "looked up"
     req.origin_input_ids[699] = req.origin_input_ids[1400] = END
     req.mamba_branching_seqlen, req.prefix_len = 320, 100
     req.num_matched_prefix_tokens, ends = req.prefix_len, [req.prefix_len]
@@ -159,6 +158,28 @@ def test_chunks_end_at_a_junction_and_behind_the_first_message(rows):
     assert places == [320, 700]
     assert {*places} < {*ends}
     assert rows or ends == [100, 320, 700, 1500]
+
+
+def test_a_place_beyond_a_chunk_does_not_lengthen_it():
+    scheduler = Scheduler(req := Request("one", 20_000, 0))
+    req.mamba_branching_seqlen = 2 * CHUNK + 640
+    steps = [scheduler.step(rows=0)["one"] for _ in range(4)]
+    assert steps == [CHUNK, CHUNK, 640, CHUNK]
+
+
+def test_no_chunk_ends_close_to_a_cached_page_or_by_guess():
+    req = Request("one", 1500, 0)
+    req.mamba_branching_seqlen = req.num_matched_prefix_tokens = req.prefix_len = 320
+    req.mamba_branching_seqlen += 63
+    assert Scheduler(req).step(rows=0) == {"one": 1180}
+    for name, value in {"session": "s", "skip_radix_cache_insert": True}.items():
+        req = Request("one", 1500, 0)
+        req.mamba_branching_seqlen = 320
+        setattr(req, name, value)
+        assert Scheduler(req).step(rows=0) == {"one": 1500}
+    req = Request("one", 1500, 0)
+    req.mamba_branching_seqlen = 320
+    assert Scheduler(req, policy="lpm").step(rows=0) == {"one": 1500}
 
 
 def test_a_client_that_leaves_takes_its_request_from_aside():

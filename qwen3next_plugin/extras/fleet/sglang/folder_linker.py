@@ -237,13 +237,14 @@ class FolderLinker(UnifiedCacheLinker):
         page = self._read(keys[-1] + STATE, self.memory.page_bytes)
         if page is None:
             return False
-        kv: list[tuple[int, torch.Tensor]] = []
-        for begin, end in pieces(keys):
-            content = self._read_kv(keys[end - 1], end - begin, whole=begin > 0)
-            if content is None:
-                return False
-            kv.append((end - begin, content))
-        self.staged = Staged(keys, kv, page)
+        kv = [  # all, so that each damaged file is removed, and written again later
+            (end - begin, self._read_kv(keys[end - 1], end - begin, whole=begin > 0))
+            for begin, end in pieces(keys)
+        ]
+        whole = [(tokens, content) for tokens, content in kv if content is not None]
+        if len(whole) < len(kv):
+            return False
+        self.staged = Staged(keys, whole, page)
         return True
 
     def _read_kv(self, key: str, tokens: int, *, whole: bool) -> torch.Tensor | None:
