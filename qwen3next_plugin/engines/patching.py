@@ -95,6 +95,7 @@ def override(*targets: str, reason: str, remove_when: str, upstream: str = "") -
 
 Function = Patch | Replacement
 FUNCTIONS = (Patch, Replacement)
+OF_RAY = "_ray_trace_ctx"  # a parameter that Ray adds to methods
 
 
 METHODS = (classmethod, staticmethod)
@@ -159,7 +160,8 @@ def apply(
 def _check_parameters(entry: Function, found: Any, host: Host) -> None:
     if entry.parameters is None:
         raise PatchError(f"the signature of {entry.target} is not written down: {_fix(host)}")
-    parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
+    signature = inspect.signature(getattr(found, "__func__", found))
+    parameters = tuple(name for name in signature.parameters if name != OF_RAY)
     if isinstance(entry, Replacement):
         parameters = parameters[: len(entry.parameters)]
     if parameters != entry.parameters:

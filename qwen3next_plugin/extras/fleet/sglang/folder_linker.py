@@ -235,14 +235,12 @@ class FolderLinker(UnifiedCacheLinker):
             return True  # read already, for a request that did not fit the last step
         self.staged = None
         page = self._read(keys[-1] + STATE, self.memory.page_bytes)
-        if page is None:
-            return False
         kv = [  # all, so that each damaged file is removed, and written again later
             (end - begin, self._read_kv(keys[end - 1], end - begin, whole=begin > 0))
             for begin, end in pieces(keys)
         ]
         whole = [(tokens, content) for tokens, content in kv if content is not None]
-        if len(whole) < len(kv):
+        if page is None or len(whole) < len(kv):
             return False
         self.staged = Staged(keys, whole, page)
         return True
