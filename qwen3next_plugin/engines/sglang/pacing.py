@@ -80,6 +80,8 @@ class Turns:
 
         SGLang may still reorder waiting prompts, unless they are read in order of arrival.
         """
+        if not self._shares_prefixes():
+            return None
         if begun:
             return next_place(req, context)
         if req.session is not None or not _in_order_of_arrival(self.scheduler):

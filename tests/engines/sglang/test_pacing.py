@@ -6,7 +6,7 @@ from types import SimpleNamespace as Bag
 import pytest
 from sglang.srt.managers import schedule_batch
 
-from qwen3next_plugin.engines.pacing import FIRST, Pacing
+from qwen3next_plugin.engines.pacing import FIRST, Pacing, Prompt
 from qwen3next_plugin.engines.sglang import pacing
 from qwen3next_plugin.engines.sglang.pacing import Turns
 
@@ -40,9 +40,10 @@ class Scheduler:
         self.chunked_req, self.chunked_prefill_size, self.last_batch = None, CHUNK, None
         self._pending_chunked_abort_req = None
         self.schedule_policy, self.enable_priority_scheduling = policy, False
-        self.tree_cache = Bag(supports_prefix_sharing=lambda: False)
+        self.tree_cache = Bag(supports_prefix_sharing=lambda: True)
         self.full = self.is_mixed_chunk = False
         self.qwen3next_turns = turns = Turns.__new__(Turns)
+        turns._waiting = lambda req, look_up: Prompt(req.rest, req.prefix_len)
         turns.scheduler, turns.pacing, turns.aside, turns.left = self, Pacing(1.0), [], []
 
     def read(self, *, running_batch):
@@ -177,6 +178,11 @@ def test_no_chunk_ends_close_to_a_cached_page_or_by_guess():
         req.mamba_branching_seqlen = 320
         setattr(req, name, value)
         assert Scheduler(req).step(rows=0) == {"one": 1500}
+    req = Request("one", 1500, 0)
+    req.mamba_branching_seqlen = 320
+    scheduler = Scheduler(req)
+    scheduler.tree_cache = Bag(supports_prefix_sharing=lambda: False)
+    assert scheduler.step(rows=0) == {"one": 1500}
     req = Request("one", 1500, 0)
     req.mamba_branching_seqlen = 320
     assert Scheduler(req, policy="lpm").step(rows=0) == {"one": 1500}
