@@ -1,6 +1,7 @@
 """Weights that change while serving, for both engines: two checkpoints, and wrong ones."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import random_prompt, write_checkpoint
+from engines.clients import eventually
 
 PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 65, 300)]
 FAULT = "NVFP4 with a scale that is not finite"  # is found as weights load
@@ -44,6 +46,30 @@ def write(folder: Path, seed: int, dtype: str = "float32", **changes: Any) -> Pa
     """A small checkpoint."""
     changes = {"num_hidden_layers": 4, "moe_intermediate_size": 64} | changes
     return write_checkpoint(folder, seed=seed, dtype=getattr(torch, dtype), **changes)
+
+
+def answers_across(
+    ask: Callable[[int], list[int]],
+    running: Callable[[], object],
+    change: Callable[[], None],
+    back: Callable[[], None],
+) -> tuple[list[int], list[int]]:
+    """The answers to a request without a change of weights, and with one on the way.
+
+    `ask` takes how many tokens. Where an answer was complete before the change, a longer one is
+    asked for.
+    """
+    for tokens in (400, 1200, 3600):
+        old = ask(tokens)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, tokens)
+            assert eventually(lambda answer=answer: running() or answer.done())
+            change()
+            found = answer.result()
+        if found != old:
+            return old, found
+        back()
+    raise AssertionError("each answer was complete before the weights changed")
 
 
 def _without_a_tensor(tensors: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,6 @@
 """Weights that change while serving: as a fresh start with them, and the old ones if refused."""
 
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,9 +10,16 @@ import pytest
 import bad_weights
 from checkpoints import random_prompt
 from engines.checks import check_greedy
-from engines.clients import eventually
 from engines.sglang.server import NEXTN, Forked, Server
-from extras.fleet.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
+from extras.fleet.other_weights import (
+    CASES,
+    FAULT,
+    IN_MAKE_TEST,
+    PROMPTS,
+    WRONG,
+    answers_across,
+    write,
+)
 from extras.fleet.sglang.updating import LOGPROBS, answers, read, refused, send, start
 from needs import needs
 from quantised import pack_checkpoint
@@ -85,26 +91,25 @@ def test_no_folder_is_refused(server, tmp_path):
 @pytest.mark.parametrize("change", long_except([send], [read, send]))
 def test_a_running_request_goes_on_after_a_pause(server, folders, change):
     """Retracted, its tokens so far are read again by the new weights."""
-    prompt, tokens = random_prompt(40, seed=7), 400
-    old = server.greedy([prompt], tokens)[0].token_ids
-    server.forget()
-    found: list[int] = []
+    prompt = random_prompt(40, seed=7)
 
-    def ask() -> None:
-        found.extend(server.greedy([prompt], tokens)[0].token_ids)
+    def ask(tokens: int) -> list[int]:
+        server.forget()
+        return list(server.greedy([prompt], tokens)[0].token_ids)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert eventually(server.unfinished)
-    server.post("/pause_generation", mode="retract")
-    change(server, folders[1])
-    server.post("/continue_generation")
-    asking.join()
+    def in_a_pause() -> None:
+        server.post("/pause_generation", mode="retract")
+        change(server, folders[1])
+        server.post("/continue_generation")
+
+    old, found = answers_across(
+        ask, server.unfinished, in_a_pause, lambda: change(server, folders[0])
+    )
     same = next(i for i, (a, b) in enumerate(zip(old, found, strict=True)) if a != b)
     begun = (*prompt, *found[:same])
-    assert list(server.greedy([begun], tokens - same)[0].token_ids) == found[same:]
+    assert list(server.greedy([begun], len(old) - same)[0].token_ids) == found[same:]
     change(server, folders[0])
-    assert server.greedy([prompt], 100)[0].token_ids == old[:100]
+    assert ask(100) == old[:100]
 
 
 def test_a_packed_checkpoint_is_not_updated(folders, tmp_path):

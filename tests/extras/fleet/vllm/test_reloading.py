@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import urllib.error
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,6 @@ import pytest
 import bad_weights
 from checkpoints import random_prompt
 from engines.checks import check_greedy
-from engines.clients import eventually
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import ForkedTwice
@@ -27,6 +25,7 @@ from extras.fleet.other_weights import (
     TIED,
     WRONG,
     Case,
+    answers_across,
     write,
 )
 from needs import needs
@@ -157,17 +156,16 @@ def continued(server: ForkedTwice, prompt: list[int], tokens: int) -> list[int]:
 
 
 def test_a_running_request_goes_on_by_the_new_weights(server, folders):
-    prompt, tokens = list(random_prompt(40, seed=7)), 400
-    old = continued(server, prompt, tokens)
-    found: list[int] = []
-    asking = threading.Thread(target=lambda: found.extend(continued(server, prompt, tokens)))
-    asking.start()
-    assert eventually(lambda: server.metrics()["vllm:num_requests_running"])
-    reload(server, folders[1])
-    asking.join()
+    prompt = list(random_prompt(40, seed=7))
+    old, found = answers_across(
+        lambda tokens: continued(server, prompt, tokens),
+        lambda: server.metrics()["vllm:num_requests_running"],
+        lambda: reload(server, folders[1]),
+        lambda: reload(server, folders[0]),
+    )
     same = next(i for i, (a, b) in enumerate(zip(old, found, strict=True)) if a != b)
     assert same
-    assert continued(server, prompt + found[:same], tokens - same) == found[same:]
+    assert continued(server, prompt + found[:same], len(old) - same) == found[same:]
     reload(server, folders[0])
     assert continued(server, prompt, 100) == old[:100]
 
