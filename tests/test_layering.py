@@ -22,6 +22,7 @@ OF_BOTH = (
     "memory",
     "plan",
     "pacing",
+    "shared_prefixes",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors

@@ -5,11 +5,9 @@ end where prompts are likely to part: at a junction (the tree has this prompt's 
 no page), and behind the first message, often a system prompt that many requests share.
 """
 
-from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import Any
 
-LEAST = 64  # tokens: a shorter prefix is not worth a page
+from qwen3next_plugin.engines.shared_prefixes import LEAST, first_message
 
 
 def next_place(req: Any, context: int) -> int | None:
@@ -27,21 +25,3 @@ def _first_message(req: Any) -> int:
         ends = req.eos_token_ids or ()
         req.qwen3next_first_message = first_message(req.origin_input_ids, ends)
     return req.qwen3next_first_message
-
-
-def first_message(tokens: Sequence[int], ends: Collection[int]) -> int:
-    """Length of a prompt's first message if another one follows, else 0.
-
-    `ends` are the tokens that end a message.
-    """
-    end = _find(tokens, ends, 0)
-    return 0 if end is None or _find(tokens, ends, end + 1) is None else end + 1
-
-
-def _find(tokens: Sequence[int], wanted: Collection[int], start: int) -> int | None:
-    """Index of the first of the wanted tokens from `start` on."""
-    found = []
-    for token in wanted:
-        with suppress(ValueError):
-            found.append(tokens.index(token, start))
-    return min(found, default=None)

@@ -19,6 +19,7 @@ from qwen3next_plugin.engines.vllm.cpu.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.cpu.memory import size_cache
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION
+from qwen3next_plugin.engines.vllm.prefix_pages import choose_unit
 from qwen3next_plugin.engines.vllm.served import served
 from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     align_drafter,
@@ -76,6 +77,7 @@ def complete(vllm_config: VllmConfig) -> None:
         return
     complete_cpu(vllm_config)
     keep_block_size(vllm_config.cache_config)
+    choose_unit(read_config(vllm_config), vllm_config)
     keep_graphs_apart(vllm_config)
     extras.complete_flags("vllm", vllm_config)
     choose_metrics(vllm_config)

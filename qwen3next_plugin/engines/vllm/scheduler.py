@@ -12,6 +12,7 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -25,6 +26,7 @@ from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.metrics import scheduler_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.prefix_pages import SharedPrefixes, Units, message_ends
 from qwen3next_plugin.mtp.metrics import LogLine
 
 logger = init_logger(LOGGER)
@@ -43,6 +45,7 @@ class Step:
     rows: int  # that decode
     tokens: int  # of prompts
     context: float  # mean position of these
+    chunks: list[tuple[Request, int, int]]  # of prompts: from a position to another
 
 
 @override(
@@ -56,6 +59,7 @@ class Scheduler(HostScheduler):
 
     need_mamba_block_aligned_split: bool
     max_num_scheduled_tokens: int
+    mamba_partial_cache_hit: bool
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # whatever the host passes
@@ -76,6 +80,17 @@ class Scheduler(HostScheduler):
         self.aligned = self.need_mamba_block_aligned_split
         self.need_mamba_block_aligned_split = True  # so vLLM calls our method for chunks
         self._pad_no_row(vllm_config)
+        self.units: Units | None = None
+        if self.mamba_partial_cache_hit:
+            self.mamba_shared_prefix_checkpoint = True
+            self.mamba_partial_cache_hit = False  # the end of a prompt is one of our places
+            self.units = Units(self.kv_cache_manager, self.hash_block_size)
+        self.prefixes = SharedPrefixes(
+            self.hash_block_size,
+            self.block_size,
+            message_ends(vllm_config.model_config),
+            with_drafts=self.use_eagle_block_drop,
+        )
 
     @override(
         "vllm.v1.core.sched.scheduler.Scheduler.dynamic_sd_lookup",
@@ -92,9 +107,12 @@ class Scheduler(HostScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule as vLLM does, but read no more prompt tokens than fit the budget."""
         began = time.monotonic()
+        if self.units is not None:
+            self.units.begin_step()
         first = self._share_step()
         output = super().schedule(throttle_prefills)
-        if first is not None and first not in output.num_scheduled_tokens:
+        deferred = self.units is not None and self.units.defer()
+        if first is not None and first not in output.num_scheduled_tokens and not deferred:
             self.refused.add(first)
         self.step = self._describe(output, began)
         return output
@@ -162,6 +180,9 @@ class Scheduler(HostScheduler):
         A page can continue at any token, so a share shorter than a block may end within one, as
         chunks do in vLLM if a block is longer than its largest chunk.
         """
+        if self.units is not None:
+            start = request.num_computed_tokens + sum(computed) + sum(named.values())
+            request.shared_prefix_boundary = self.prefixes.next_place(request, start)
         most = largest = self.max_num_scheduled_tokens
         if self.shares is not None and _rest(request) > 1 and not self._reads_whole_images(request):
             num_new_tokens = min(num_new_tokens, self.shares.get(request.request_id, 0))
@@ -174,6 +195,24 @@ class Scheduler(HostScheduler):
         finally:
             self.max_num_scheduled_tokens = most
 
+    @override(
+        "vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit",
+        "vllm.v1.core.sched.scheduler.Scheduler.mamba_partial_cache_hit",
+        "vllm.v1.core.sched.scheduler.Scheduler.mamba_shared_prefix_checkpoint",
+        reason="vLLM ends chunks at the last unit of each prompt, a step more, and within a block "
+        "at no other place",
+        remove_when="a scheduler can say where chunks end",
+    )
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Look up a prompt's prefix as vLLM does, and choose where its chunks end."""
+        blocks, cached, junction, diverged = super()._get_local_prefix_cache_hit(request)
+        if self.units is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return blocks, cached, junction, diverged
+        if not self.running and not self.units.fits(request, cached):
+            blocks, cached, diverged = self.kv_cache_manager.empty_kv_cache_blocks, 0, False
+        self.prefixes.foresee(request, cached, junction)
+        return blocks, cached, self.prefixes.next_place(request, cached), diverged
+
     def _reads_whole_images(self, request: Request) -> bool:
         """Whether vLLM cuts a chunk before an image that it would split, perhaps to nothing."""
         return request.has_encoder_inputs and self.scheduler_config.disable_chunked_mm_input
@@ -181,15 +220,17 @@ class Scheduler(HostScheduler):
     def _describe(self, output: SchedulerOutput, began: float) -> Step:
         """What this step does. Its requests count its tokens as computed already."""
         rows = tokens = positions = 0
+        chunks = []
         for name, count in output.num_scheduled_tokens.items():
             request = self.requests[name]
             start = request.num_computed_tokens - count
             if request.num_tokens - start > 1:
                 tokens += count
                 positions += count * (start + count // 2)
+                chunks.append((request, start, start + count))
             else:
                 rows += 1
-        return Step(began, rows, tokens, positions / max(1, tokens))
+        return Step(began, rows, tokens, positions / max(1, tokens), chunks)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -201,6 +242,9 @@ class Scheduler(HostScheduler):
             self.pacing.costs.observe(step.rows, step.tokens, step.context, seconds)
             if self.log_stats:
                 self.board.set("longest_step_seconds", [self.longest.observe(now, seconds)])
+        if self.units is not None and step is not None:
+            for request, start, end in step.chunks:
+                self.units.enter(request, start, end)
         self.step = None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.log_stats:

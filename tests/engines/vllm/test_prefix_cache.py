@@ -8,7 +8,9 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import Output
+from engines.shared_prefixes import END
 from engines.vllm.offline import Offline
+from qwen3next_plugin.engines.shared_prefixes import LEAST
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -21,18 +23,18 @@ NEAR = 1e-4  # log-probabilities in fp32, where a chunk has other rows: products
 
 
 class Case(NamedTuple):
-    """An engine; unit: of prefix matching, None by default: a block."""
+    """An engine; unit: of prefix matching."""
 
     layers: int
     num_drafts: int
-    unit: int | None = None
+    unit: int
     dtype: str = "float32"
     chunk: int | None = None
 
 
 CASES = {
-    "4-layers": Case(4, 0),
-    "4-layers_mtp-3": Case(4, 3),
+    "4-layers": Case(4, 0, BLOCK),
+    "4-layers_mtp-3": Case(4, 3, BLOCK),
     "4-layers_units-of-8": Case(4, 0, 8),
     "4-layers_mtp-3_units-of-8": Case(4, 3, 8),
     "8-layers_units-of-8": Case(8, 0, 8),
@@ -68,14 +70,16 @@ def start(tmp_path_factory) -> Any:
     )
 
     def start(case: Case) -> Offline:
-        flags: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512}
+        flags: dict[str, Any] = {
+            "dtype": case.dtype,
+            "max_model_len": 512,
+            "prefix_match_unit": case.unit,
+        }
         if case.num_drafts:
             flags["speculative_config"] = {
                 "method": "mtp",
                 "num_speculative_tokens": case.num_drafts,
             }
-        if case.unit:
-            flags["prefix_match_unit"] = case.unit
         if case.chunk:
             flags |= {"max_num_batched_tokens": case.chunk, "max_num_seqs": 8}
         return Offline(folder(case.layers), **flags)
@@ -98,7 +102,7 @@ def chats(start, shared, size) -> Any:
     def chats(name: str) -> list[Chat]:
         engine = shared if name == SHARED else start(CASES[name])
         try:
-            held = [hold(engine, random_prompt(n, seed=1)) for n in size(SOME, LENGTHS)]
+            held = [hold(engine, conversation(n)) for n in size(SOME, LENGTHS)]
             pages = engine.inside("pages", [random_prompt(n, seed=6) for n in (100, 250)], 40)
         finally:
             if engine is not shared:
@@ -109,6 +113,11 @@ def chats(start, shared, size) -> Any:
         return held
 
     return chats
+
+
+def conversation(length: int) -> tuple[int, ...]:
+    """A prompt of three messages and more, which another turn may follow."""
+    return (*3 * (2, END), *random_prompt(length - 6, seed=1))
 
 
 def hold(engine: Offline, prompt: tuple[int, ...]) -> Chat:
@@ -124,13 +133,18 @@ def hold(engine: Offline, prompt: tuple[int, ...]) -> Chat:
 
 
 def hit(case: Case, tokens: int) -> int:
-    """Tokens of a prompt that is sent again that vLLM takes from the cache.
+    """Tokens of a conversation that is sent again that vLLM takes from the cache.
 
     The last token is always computed. With MTP the last unit that matches is dropped: in it the
-    drafter has seen a token that the next prompt may not have.
+    drafter has seen a token that the next prompt may not have. Pages are kept at the last block
+    and, unless that is close, at the last unit.
     """
-    unit = case.unit or BLOCK
-    return max(0, tokens // unit - 1) * unit if case.num_drafts else (tokens - 1) // unit * unit
+
+    def last(size: int) -> int:
+        return max(0, tokens // size - 1) * size if case.num_drafts else (tokens - 1) // size * size
+
+    block, end = last(BLOCK), last(case.unit)
+    return end if end - block >= LEAST else block
 
 
 @pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
