@@ -186,7 +186,7 @@ ZENTORCH := 2.13.0.1
 # longest last. Engines want memory too, so there are four at most.
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LEFT_OUT) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
-TIMES    = $(if $(filter *,$(EXTRA)),--durations-to build/durations/$*-$(1).json)
+TIMES    = $(if $(filter *,$(EXTRA)),--durations-to=build/durations/$*-$(1).json)
 NONE     = $(if $(filter-out *,$(EXTRA)),|| [ $$? -eq 5 ]) # of an extra's tests, none may be of a part
 
 PART ?= rest serve
