@@ -123,8 +123,8 @@ class Units:
     step. vLLM enters whole blocks before that, so none of `filling`, this step's, is copied.
     """
 
-    def __init__(self, cache: KVCacheManager, unit: int) -> None:
-        self.pool, self.unit = cache.block_pool, unit
+    def __init__(self, cache: KVCacheManager, prefixes: SharedPrefixes) -> None:
+        self.pool, self.prefixes, self.unit = cache.block_pool, prefixes, prefixes.unit
         self.filling: set[int] = set()
         managers = cache.coordinator.single_type_managers
         self.attention = [one for one in managers if isinstance(one, FullAttentionManager)]
@@ -149,7 +149,8 @@ class Units:
         if not cached % self.attention[0].block_size:
             return True
         kv = sum(cdiv(request.num_tokens, one.block_size) + 1 for one in self.attention)
-        return kv + 3 * len(self.states) < self.pool.num_gpu_blocks
+        pages = 3 * len(self.states)  # the cached one, its copy, and the next block's
+        return kv + pages < self.pool.num_gpu_blocks
 
     def enter(self, request: Request, start: int, end: int) -> None:
         """Enter tokens [start, end) of a prompt, once a step has computed them."""

@@ -84,13 +84,13 @@ class Scheduler(HostScheduler):
         if self.mamba_partial_cache_hit:
             self.mamba_shared_prefix_checkpoint = True
             self.mamba_partial_cache_hit = False  # the end of a prompt is one of our places
-            self.units = Units(self.kv_cache_manager, self.hash_block_size)
-        self.prefixes = SharedPrefixes(
-            self.hash_block_size,
-            self.block_size,
-            message_ends(vllm_config.model_config),
-            with_drafts=self.use_eagle_block_drop,
-        )
+            prefixes = SharedPrefixes(
+                self.hash_block_size,
+                self.block_size,
+                message_ends(vllm_config.model_config),
+                with_drafts=self.use_eagle_block_drop,
+            )
+            self.units = Units(self.kv_cache_manager, prefixes)
 
     @override(
         "vllm.v1.core.sched.scheduler.Scheduler.dynamic_sd_lookup",
@@ -182,7 +182,7 @@ class Scheduler(HostScheduler):
         """
         if self.units is not None:
             start = request.num_computed_tokens + sum(computed) + sum(named.values())
-            request.shared_prefix_boundary = self.prefixes.next_place(request, start)
+            request.shared_prefix_boundary = self.units.prefixes.next_place(request, start)
         most = largest = self.max_num_scheduled_tokens
         if self.shares is not None and _rest(request) > 1 and not self._reads_whole_images(request):
             num_new_tokens = min(num_new_tokens, self.shares.get(request.request_id, 0))
@@ -210,8 +210,8 @@ class Scheduler(HostScheduler):
             return blocks, cached, junction, diverged
         if not self.running and not self.units.fits(request, cached):
             blocks, cached, diverged = self.kv_cache_manager.empty_kv_cache_blocks, 0, False
-        self.prefixes.foresee(request, cached, junction)
-        return blocks, cached, self.prefixes.next_place(request, cached), diverged
+        self.units.prefixes.foresee(request, cached, junction)
+        return blocks, cached, self.units.prefixes.next_place(request, cached), diverged
 
     def _reads_whole_images(self, request: Request) -> bool:
         """Whether vLLM cuts a chunk before an image that it would split, perhaps to nothing."""
