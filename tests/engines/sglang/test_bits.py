@@ -24,8 +24,8 @@ CHUNKS = ("--chunked-prefill-size", "67")
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
 # Of other requests: with drafts a step reads prompts or verifies.
 MIXED = ("--enable-mixed-chunk",)
-# A request is retracted every so many steps.
-RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+# A request is retracted every so many steps: fewer than `TOKENS` take, whatever the drafts.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
 Weights = tuple[Path, Mapping[str, str]]
 Bits = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]
 
