@@ -287,9 +287,10 @@ endif
 
 # mypy reads the package as it is installed, with kernels/ and mtp/ inside it.
 TYPES := $(CURDIR)/build/types
-lint: .venv-$(THE_ENGINE)/.plugin ## lint, format and types
+lint: .venv-$(THE_ENGINE)/.plugin ## lint, format, types and workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --quiet --offline --strict-collection .github/workflows
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/qwen3next_plugin
 	ln -s $(CURDIR)/qwen3next_plugin/* $(CURDIR)/kernels $(CURDIR)/mtp $(TYPES)/qwen3next_plugin
