@@ -272,11 +272,15 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
     name = entry.target.rpartition(".")[2]
     sources, file, owner = found(sources, entry)
+    forwards = False
     if isinstance(entry, Override):
         file_of_ours = PLUGIN.parent.joinpath(*entry.module.split(".")).with_suffix(".py")
-        assert file_of_ours.read_text(encoding="utf-8").count(name) > 1
+        text = file_of_ours.read_text(encoding="utf-8")
+        assert text.count(name) > 1
+        forwards = forwards_more(ast.parse(text), name)
     if isinstance(entry, FUNCTIONS) or getattr(entry, "parameters", None) is not None:
-        assert signature(definition(owner, name)) == list(entry.parameters)
+        known = list(entry.parameters)
+        assert signature(definition(owner, name))[: len(known) if forwards else None] == known
     elif isinstance(entry, Override) and isinstance(owner, ast.Module):
         assert name in sources.names(file)
     elif isinstance(entry, Override):
@@ -293,6 +297,14 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     else:
         assert isinstance(entry, Attribute)
         assert name in sources.names(file)
+
+
+def forwards_more(tree: ast.AST, name: str) -> bool:
+    """Whether our method of that name passes on what a later host adds to its parameters."""
+    methods = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    return bool(methods) and all(node.args.vararg is not None for node in methods)
 
 
 def check_modules(package: str) -> None:
