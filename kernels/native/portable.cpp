@@ -6,6 +6,7 @@
 #undef _GLIBCXX_EXTERN_TEMPLATE
 #define _GLIBCXX_EXTERN_TEMPLATE 0
 
+#include <exception>
 #include <sstream>
 #include <string>
 
@@ -19,6 +20,9 @@ template class std::basic_stringstream<char>;
 // Without this one the library would not load with an older C++ library.
 extern "C" void ios_base_library_init() asm("_ZSt21ios_base_library_initv");
 void ios_base_library_init() {}
+
+// Where GCC 14 lands if an exception leaves a function that is noexcept.
+extern "C" [[noreturn]] void __cxa_call_terminate(void*) noexcept { std::terminate(); }
 #endif
 
 #if defined(__GLIBC__)
