@@ -100,7 +100,8 @@ def checked_heads(
     check(op, "out_", out_, (T, HV * V), (dtype,), device)
     check_contiguous(op, "out_", out_)
     heads = x.heads()
-    inputs = rule.RuleInputs(heads.q, heads.k, heads.v.flatten(1, 2), heads.a, heads.b)
+    v = heads.v[:, 0, :1].expand(-1, HV, -1)  # of v's shape; flattened, grouped v is copied
+    inputs = rule.RuleInputs(heads.q, heads.k, v, heads.a, heads.b)
     rule.check_arguments(inputs, rule.RuleWeights(weights.A_log, weights.dt_bias), pool, step)
     check_convolution(heads.q, 2 * H * K + HV * V, weights.conv, pool)
     inputs_back, tokens_back = pool.conv.shape[1] - WIDTH, pool.key.shape[1] - GRID

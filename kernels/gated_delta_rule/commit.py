@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from qwen3next_plugin.kernels.gpu.convolution import WIDTH, kept_at
-from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_token
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_range, row_of_token
 from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid, silu
 
 
-@triton.jit(do_not_specialize=["T", "N", "slots"])
+@triton.jit(do_not_specialize=["T", "N"])
 def commit(
-    x, conv, norm, step, row_faults, pages, keys, raw, out, T, N, slots,
+    x, conv, norm, step, row_faults, pages, keys, raw, out, T, N,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     CONVOLVES: tl.constexpr, NORMS: tl.constexpr, SIGMOID: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
@@ -29,8 +29,8 @@ def commit(
         i = tl.program_id(0) - T
     else:
         i = tl.minimum(row_of_token(step, tl.program_id(0), N), N - 1)
-    page, begin, n, c, _, _, _ = load_row(step, i, T, slots, DRAFTS)
-    fault = tl.load(row_faults + i)  # computed before any span was written
+    page, begin, end, c = load_range(step, i)  # not its span, which another program writes
+    n, fault = end - begin, tl.load(row_faults + i)
     is_long = n > DRAFTS + 1
     certain = tl.where(is_long, c + n, c)
     if is_row:

@@ -70,6 +70,7 @@ def short_rows(
     if base > p0:
         tl.store(S_at, S.to(pages.state.dtype.element_ty), mask=S_in)
     S = replay(S, pages, page, base, c, hv, k_at, v_at, H, R, K, V, W)
+    tl.debug_barrier()  # the last draft's u takes the place of one that other warps may still load
 
     for j in range(0, n):
         p = c + j

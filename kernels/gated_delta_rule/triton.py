@@ -97,7 +97,7 @@ def run_layer(
         chunks = _chunks(x, conv, step, keys, raw, config, sizes, convolves)
         _scan(chunks, pages, step, max_query_len, raw, config, sizes)
     commit[T + N, H](
-        x, conv, norm or no_norm(x), step, row_faults, pages, keys, raw, out_, T, N, slots,
+        x, conv, norm or no_norm(x), step, row_faults, pages, keys, raw, out_, T, N,
         **sizes, **convolves, NORMS=norm is not None, SIGMOID=sigmoid_gate,
         BK=BK, BV=next_power_of_2(V), BR=next_power_of_2(R), **config.commit.options(),
     )  # fmt: skip

@@ -32,15 +32,21 @@ def step_tensors(step: Step, span: Tensor) -> StepTensors:
 
 
 @triton.jit
+def load_range(step, i):
+    """Row i, or rows i: page (int64), first token, end of its tokens, context length."""
+    begin = tl.load(step.query_start_loc + i)
+    end = tl.load(step.query_start_loc + i + 1)
+    page = tl.load(step.slot + i).to(tl.int64)
+    return page, begin, end, tl.load(step.context_len + i)
+
+
+@triton.jit
 def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
     """Row i, or rows i: page (int64), first token, tokens, context length, start, end, fault.
 
     A row may be processed only if its page is not negative and its fault is 0.
     """
-    begin = tl.load(step.query_start_loc + i)
-    end = tl.load(step.query_start_loc + i + 1)
-    page = tl.load(step.slot + i).to(tl.int64)
-    c = tl.load(step.context_len + i)
+    page, begin, end, c = load_range(step, i)
     known = (page >= 0) & (page < slots)
     start = tl.load(step.span + page * step.span_slot, mask=known, other=0)
     last = tl.load(step.span + page * step.span_slot + 1, mask=known, other=0)

@@ -1,11 +1,13 @@
 """The whole layer as one op: the same outputs and pages as its three parts."""
 
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
 from state_pages import SMALL, Layer, Pool, Shape, Step, int32
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3next_plugin.kernels.gated_delta_net import (
     GatedDeltaNetShape,
@@ -13,6 +15,7 @@ from qwen3next_plugin.kernels.gated_delta_net import (
     Projections,
     gated_delta_net,
 )
+from qwen3next_plugin.kernels.gpu import faults
 from tolerances import assert_close
 
 OP = "gated_delta_rule"
@@ -219,6 +222,30 @@ class TestOnTheDevice:
             assert torch.equal(net(pool, step, *x), net(far, step, *x))
         assert torch.equal(pool.span_[1:], far.span_[1:])
         assert torch.equal(pool.u_[2, 8], far.u_[2, 8])
+
+    @pytest.mark.parametrize("layout", ["grouped", "flat"])
+    def test_a_decode_step_is_launches_and_views(self, backend, layout, monkeypatch):
+        """The host copies nothing: the only other operators reserve memory for the launches."""
+        from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
+
+        called = Counter()
+
+        class Calls(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if not func.is_view:
+                    called[func.overloadpacket.__name__] += 1
+                return func(*args, **(kwargs or {}))
+
+        for name in ("short_rows", "commit"):
+            monkeypatch.setattr(layer, name, defaultdict(lambda: lambda *args, **options: None))
+        net = Net(SMALL, torch.bfloat16, layout=layout)
+        pool = Pool(SMALL, 4, DRAFTS, torch.bfloat16)
+        step = Step(((2, 0, 3), (1, 0, 1)))
+        x, out = net.inputs(step.T), torch.empty(step.T, SMALL.HV * SMALL.V).bfloat16()
+        faults.record(out.device)  # one per process
+        with Calls():
+            net(pool, step, *x, out)
+        assert called == {"new_empty": 3}
 
     def test_one_op_in_two_launches(self, backend, split_rows, monkeypatch):
         """Decode and verify take two; prefill rows add three, and two more if a row is split."""
