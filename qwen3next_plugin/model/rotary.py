@@ -10,15 +10,19 @@ import torch
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.config.rope import ORIGINAL
 
+# Rows behind the context's: on a GPU SGLang drafts, and begins the next step, before it knows that
+# a request has ended. It reserves 2 * 8 * 8 tokens at most, for 8 steps of 8 candidates.
+BEYOND = 256
+
 
 def rotary_table(config: Qwen3NextConfig) -> torch.Tensor:
     """Cosines, then sines, of every position that RoPE covers, in torch's default dtype.
 
     It is on the default device. All layers of a process share one table: at a million positions
-    it takes 134 MB in bfloat16.
+    it takes 134 MB in bfloat16. Its last rows are for drafts of a request's last tokens.
 
     Shapes:
-        returns [config.max_length, rotary_dim]
+        returns [config.max_length + BEYOND, rotary_dim]
 
     Source: `_compute_yarn_parameters` of transformers, and the paper, arXiv 2309.00071.
     """
@@ -28,7 +32,7 @@ def rotary_table(config: Qwen3NextConfig) -> torch.Tensor:
         if not name.startswith("mrope_")  # the axes of an image's positions share the table
     )
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    return _table(numbers, config.rotary_dim, config.max_length, dtype, device)
+    return _table(numbers, config.rotary_dim, config.max_length + BEYOND, dtype, device)
 
 
 @lru_cache(maxsize=8)
