@@ -232,6 +232,9 @@ OVERRIDDEN = {
             "get_mamba_state_shape_from_config": ["cls", "vllm_config"],
             "get_mamba_state_copy_func": ["cls"],
         },
+        "SupportsMultiModalEmbeddings": {
+            "embed_input_ids": ["self", "input_ids", "multimodal_embeddings", "is_multimodal"],
+        },
         "MixtureOfExperts": {
             "update_physical_experts_metadata": [
                 "self",
@@ -484,7 +487,9 @@ ATTRIBUTES = {
     "v1/worker/gpu_input_batch.py": [
         *("generators", "num_reqs", "logitsprocs", "vocab_size", "num_logprobs"),
     ],
-    "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size", "draft_model_config"],
+    "v1/spec_decode/llm_base_proposer.py": [
+        *("input_ids", "block_size", "draft_model_config", "supports_mm_inputs"),
+    ],
     "model_executor/layers/fused_moe/unquantized_fused_moe_method.py": ["experts_cls"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
 }

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -272,3 +273,20 @@ def test_images_and_videos_in_chats(model):
         assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
     finally:
         server.close()
+
+
+def test_a_drafter_on_a_gpu_reads_images_as_the_trunk_does():
+    """vLLM's own loop hands it the vectors of images, and masks where they go."""
+    from vllm.model_executor.models.interfaces import supports_multimodal_embeddings
+
+    from qwen3next_plugin.engines.vllm.model.mtp import Qwen3NextMTP
+
+    assert supports_multimodal_embeddings(Qwen3NextMTP)
+    table = torch.randn(50, 8)
+    drafter = SimpleNamespace(model=SimpleNamespace(embed_input_ids=table.__getitem__))
+    ids = torch.tensor([3, 49, 49, 7, 49, 2])
+    images = [torch.randn(2, 8), torch.randn(1, 8)]
+    found = Qwen3NextMTP.embed_input_ids(drafter, ids, images, is_multimodal=ids == 49)
+    assert torch.equal(found, torch.stack([table[3], *images[0], table[7], *images[1], table[2]]))
+    assert torch.equal(Qwen3NextMTP.embed_input_ids(drafter, ids), table[ids])
+    assert torch.equal(Qwen3NextMTP.embed_input_ids(drafter, ids, []), table[ids])

@@ -1,6 +1,6 @@
 """The MTP layer of the checkpoint; on a GPU vLLM's own loop drafts with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.models.interfaces import MixtureOfExperts
+from vllm.model_executor.models.interfaces import MixtureOfExperts, SupportsMultiModalEmbeddings
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -100,7 +100,7 @@ class MultiTokenPredictor(Predictor, MTPHead):
         super().__init__(config, embed_tokens=make_draft_embedding(config), fc=fc, layers=layers)
 
 
-class Qwen3NextMTP(nn.Module, MixtureOfExperts):
+class Qwen3NextMTP(nn.Module, MixtureOfExperts, SupportsMultiModalEmbeddings):
     """The drafter as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
@@ -126,9 +126,24 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             self.trunk_names -= {EMBEDDING}
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Shapes: input_ids [T], returns [T, D]."""
-        return self.model.embed_input_ids(input_ids)
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """An image's tokens have the vectors that the trunk had for them.
+
+        Shapes:
+            input_ids, is_multimodal [T], multimodal_embeddings [tokens of an image, D] each,
+            returns [T, D]
+        """
+        embeds = self.model.embed_input_ids(input_ids)
+        if multimodal_embeddings and is_multimodal is not None:
+            images = torch.cat([*multimodal_embeddings]).to(embeds.dtype)
+            embeds.masked_scatter_(is_multimodal[:, None], images)
+        return embeds
 
     def forward(
         self,

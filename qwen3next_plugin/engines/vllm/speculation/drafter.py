@@ -43,6 +43,7 @@ class Drafter(Chains):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         super().__init__(_alone(vllm_config), device, runner)
+        self.supports_mm_inputs = False  # the loop keeps tokens, not their vectors
         self.runner = runner
         policy = make_policy(self.num_speculative_tokens)
         self.loop = Loop(
