@@ -1,6 +1,5 @@
 """Two tensor-parallel ranks compute what one does; in bf16 they give the same bits in any batch."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ from checkpoints import SHIPPED, random_prompt
 from engines.bits import INVARIANT
 from engines.bits import prompts as texts
 from engines.checks import check_greedy
-from engines.hostile import ask
-from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Forked
 from family import FAMILY
 from needs import needs
@@ -43,25 +40,6 @@ def test_two_ranks_with_drafts(folder, reference):
         server.close()
     check_greedy(reference(folder), prompts, answers)
     assert sum(answer.accepted for answer in answers) > 0
-
-
-def test_two_ranks_end_a_dear_request_together():
-    """Each measures its own time; after it both serve others."""
-    small = ("--dtype", "float32", "--max-total-tokens", "8192", TERSE)
-    server = Forked(SHIPPED, "--tp-size", "2", *NEXTN, "3", *small).wait()
-    try:
-        params = {"temperature": 1, "max_new_tokens": 300}
-        for asked in (
-            {"regex": "(((a{1,100}){1,100}){1,100}){40,100}"},
-            {"json_schema": json.dumps({"enum": [f"{i}" * 20 for i in range(1000, 5000)]})},
-            {"stop_regex": r"([\s\S]+)+\x00"},
-        ):
-            hostile = {"text": "a", "sampling_params": params | asked}
-            status, text = ask(server, "/generate", hostile)
-            assert (status, "of CPU time" in text) == (400, True), text
-            follow_a_schema(server, 1)
-    finally:
-        server.close()
 
 
 @pytest.mark.long
