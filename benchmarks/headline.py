@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 
-from benchmarks.report import FULL, Record, text
+from benchmarks.report import AS_RELEASED, FULL, MAPPED, Record, text
 
 # What is said of the rows of records, and the column that has its ratio.
 SPEEDS = {"decode steps": "*decode, batch *", "prompts": "*prompt of *"}
@@ -25,18 +25,22 @@ def of(records: Sequence[Record], picture: str = "") -> str:
 
 
 def full_size(records: Mapping[str, Record]) -> str:
-    """What a released size takes, and how it compares with other engines."""
+    """What a released size takes as released, and how it compares with other engines."""
     start, steps = (records.get(f"{FULL}/{name}") for name in ("start", "steps"))
     if start is None or steps is None:
         return ""
-    one = steps.rows["decode, batch 1"]["tokens a second"]
-    seconds = min(float(row["until ready"]) for row in start.rows.values())
-    found = [f"ready in {text(seconds)} s (eager)", f"{text(one)} tokens a second (compiled)"]
+    one = text(steps.rows["decode, batch 1"]["tokens a second"])
+    ready = {row: f"ready in {text(cells['until ready'])} s" for row, cells in start.rows.items()}
+    has_amx = "amx" in steps.origin["flags"]
+    amx = "with AMX, llama.cpp without it" if has_amx else "without AMX"
+    found = [f"{ready[AS_RELEASED]} (eager)", f"{one} tokens a second for one request (compiled)"]
     if peers := records.get(f"{FULL}/peers"):
         names = [name for name in peers.units if f"{name} / plugin" in peers.units]
         factors = (span([float(r[f"{n} / plugin"]) for r in peers.rows.values()]) for n in names)
         found += [f"{f} times as fast as {n}" for f, n in zip(factors, names, strict=True)]
-    return f"{start.case.rpartition(', ')[0]}: {', '.join(found)}. *{steps.place}*\n\n"
+    size = start.case.rpartition(", ")[0]
+    packed = f"Packed and mapped: {ready[MAPPED]}. " if MAPPED in ready else ""
+    return f"{size}, {amx}: {', '.join(found)}. {packed}*{steps.place}*\n\n"
 
 
 def times(records: Sequence[Record], rows: str) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 MEASURED = Path(__file__).parent / "measured"
 FULL, FLEET, QWEN4 = "full", "fleet", "qwen4"
+AS_RELEASED, MAPPED = "as released", "packed, mapped"  # rows of the starts of the full size
 OWN_RUNS = (FULL, FLEET, QWEN4)  # parts, and their folders, that have a run of their own
 ROUNDS = ", rounds"  # behind the name of a column: the range of its rounds
 WIDE = 400  # columns; no line of a table is broken, so that it can be pasted into a page

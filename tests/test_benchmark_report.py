@@ -1,5 +1,6 @@
 """Benchmarks report in one format: no figure on a red check, none of two runs on docs' pages."""
 
+import ast
 import json
 import subprocess
 from collections.abc import Iterator
@@ -277,7 +278,7 @@ def full_size(run: Run) -> list[Record]:
     steps = {"decode, batch 1": {"tokens a second": 12.5}}
     peers = {n: {"other / plugin": x} for n, x in (("decode, batch 1", 1.8), ("prompt", 2.5))}
     tables = {
-        "start": {"as released": {"until ready": 99.0}, "packed": {"until ready": 17.0}},
+        "start": {"as released": {"until ready": 99.0}, "packed, mapped": {"until ready": 17.0}},
         "steps": steps,
         "peers": peers,
     }
@@ -285,12 +286,32 @@ def full_size(run: Run) -> list[Record]:
     return [run.record(f"full/{n}", n, "a size, how", units, rows) for n, rows in tables.items()]
 
 
-def test_the_headline_begins_with_the_full_size(run):
+@pytest.mark.parametrize(
+    ("flags", "amx"),
+    [("avx2", "without AMX"), ("avx2 amx_bf16", "with AMX, llama.cpp without it")],
+)
+def test_the_headline_begins_with_the_full_size(run, flags, amx):
+    """As released, whatever is faster; and with the worst row of another engine's table."""
+    run = replace(run, origin=run.origin | {"flags": flags})
     said = headline.full_size({record.name: record for record in full_size(run)})
     assert said.startswith(
-        "a size: ready in 17.0 s (eager), 12.5 tokens a second (compiled), "
-        "1.80 to 2.50 times as fast as other. *A processor (family 1), "
+        f"a size, {amx}: ready in 99.0 s (eager), 12.5 tokens a second for one request "
+        "(compiled), 1.80 to 2.50 times as fast as other. Packed and mapped: ready in 17.0 s. "
+        "*A processor (family 1), "
     )
+
+
+def test_no_headline_takes_a_row_for_its_value():
+    """The least and the greatest are said together (`span`), and only of all rows of a name."""
+    tree = ast.parse(Path(headline.__file__).read_text())
+    found = {
+        function.name: node.func.id
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"min", "max", "sorted"}
+    }
+    assert found.keys() == {"span"}
 
 
 def test_tables_of_one_question_are_joined(run):

@@ -2,10 +2,13 @@
 
 import torch
 
+from benchmarks.headline import span
 from benchmarks.render import DOCS
+from benchmarks.report import MEASURED, Record
 from engines.quality import BOUNDS
 from qwen3next_plugin.model.state import PageLayout
 
+README = DOCS.parent / "README.md"
 STATE, MODELS = ((DOCS / f"{name}.md").read_text() for name in ("state", "models"))
 
 
@@ -24,6 +27,12 @@ def test_bytes_of_a_page():
             rows.setdefault(name, []).append(cell)
     for name, cells in rows.items():
         assert f"| {name} | {' | '.join(cells)} |" in STATE
+
+
+def test_the_readme_says_what_the_claim_came_to():
+    record = Record.load(MEASURED / "claim" / "factors.json")
+    found = span([float(row["times"]) for row in record.rows.values()])
+    assert f"[Qwen's 10× claim](docs/claim.md): {found} times here" in README.read_text()
 
 
 def test_bounds_of_quantised_weights():

@@ -22,7 +22,7 @@ from benchmarks.full.limits import Round, mean, prompt_work, rounds_of, step_wor
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
 from benchmarks.peers.gguf_model import gguf_model
-from benchmarks.report import Record, RedCheckError, Run, console
+from benchmarks.report import AS_RELEASED, MAPPED, Record, RedCheckError, Run, console
 from benchmarks.worker import Worker, started
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
@@ -105,9 +105,9 @@ def starts_of(run: Run, model: Path, packed: Path) -> dict[str, Row]:
 
     The page cache has as much of the files as fits beside what is loaded.
     """
-    sides = {"as released": (model, "0")}
+    sides = {AS_RELEASED: (model, "0")}
     if packed != model:
-        sides |= {"packed": (packed, "0"), "packed, mapped": (packed, "1")}
+        sides |= {"packed": (packed, "0"), MAPPED: (packed, "1")}
     found = {}
     for side, (path, mapped) in sides.items():
         read_files(path)
