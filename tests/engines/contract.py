@@ -304,7 +304,7 @@ def forwards_more(tree: ast.AST, name: str) -> bool:
     methods = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
     ]
-    return bool(methods) and all(node.args.vararg is not None for node in methods)
+    return bool(methods) and all(node.args.vararg and node.args.kwarg for node in methods)
 
 
 def check_modules(package: str) -> None:

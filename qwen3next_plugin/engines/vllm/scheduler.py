@@ -204,13 +204,14 @@ class Scheduler(HostScheduler):
         remove_when="a scheduler can say where chunks end",
     )
     def _get_local_prefix_cache_hit(
-        self, request: Request, *most: int | None
+        self, request: Request, *most: Any, **named: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Look up a prompt's prefix as vLLM does, and choose where its chunks end.
 
         vLLM 0.33 also says how much of it may be taken from the cache at most.
         """
-        blocks, cached, junction, diverged = super()._get_local_prefix_cache_hit(request, *most)
+        found = super()._get_local_prefix_cache_hit(request, *most, **named)
+        blocks, cached, junction, diverged = found
         if self.units is None or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return blocks, cached, junction, diverged
         if not self.running and not self.units.fits(request, cached):

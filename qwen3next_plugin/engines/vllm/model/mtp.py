@@ -140,9 +140,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts, SupportsMultiModalEmbeddings):
             returns [T, D]
         """
         embeds = self.model.embed_input_ids(input_ids)
-        if multimodal_embeddings and is_multimodal is not None:
-            images = torch.cat([*multimodal_embeddings]).to(embeds.dtype)
-            embeds.masked_scatter_(is_multimodal[:, None], images)
+        images = [] if multimodal_embeddings is None else [*multimodal_embeddings]
+        if images and is_multimodal is not None:
+            embeds.masked_scatter_(is_multimodal[:, None], torch.cat(images).to(embeds.dtype))
         return embeds
 
     def forward(
