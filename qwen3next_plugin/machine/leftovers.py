@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import time
@@ -22,13 +21,6 @@ def remove_dead(pattern: str) -> list[Path]:
     return removed
 
 
-def remove_own(pattern: str) -> None:
-    """Remove the files that match a pattern and that this process has open, as its server ends."""
-    for path in set(_open_files()):
-        if path.parent == SHARED_MEMORY and path.match(pattern):
-            path.unlink(missing_ok=True)
-
-
 def _remove_if_dead(path: Path) -> bool:
     """Remove a file that no process uses, in any container.
 
@@ -43,9 +35,3 @@ def _remove_if_dead(path: Path) -> bool:
         return True
     finally:
         os.close(file)
-
-
-def _open_files() -> Iterator[Path]:
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            yield link.readlink()

@@ -131,7 +131,7 @@ class Server(ABC):
         return {file for text in maps for file in re.findall(r" (/dev/shm/\S+)\n", text)}
 
     @contextmanager
-    def ends_cleanly(self) -> Iterator[None]:
+    def ends_cleanly(self, code: int = 0) -> Iterator[None]:
         """What this block does ends its processes well: nothing is left, and no error is said."""
         processes, files, before = self.processes(), self.shared_memory(), len(self.process.text())
         yield
@@ -140,7 +140,7 @@ class Server(ABC):
         # If the engine ends before the streams do, vLLM's server says that it is gone.
         lines = self.process.text()[before:].splitlines()
         said = "\n".join(line for line in lines if "async_llm.py" not in line)
-        assert self.process.code() == 0, said
+        assert self.process.code() == code, said
         assert not left
         assert not [file for file in files if Path(file).exists()]
         assert not re.search("Traceback|leaked|killing", said), said

@@ -57,12 +57,3 @@ def test_what_is_new_or_not_ours_stays(monkeypatch, name, tmp_path):
         assert path.exists()
     finally:
         path.unlink()
-
-
-def test_a_process_that_ends_removes_what_it_has_open(name):
-    path = leftovers.SHARED_MEMORY / name
-    with path.open("wb"):
-        leftovers.remove_own("another*")
-        assert path.exists()
-        leftovers.remove_own(f"{name}*")
-        assert not path.exists()

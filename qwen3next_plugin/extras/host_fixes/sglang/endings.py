@@ -1,13 +1,15 @@
 """Cleans up what a server would leave behind at its end."""
 
 import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.machine.leftovers import remove_own
 
 LOADS = "sglang_loads_qwen3next_*.shm"  # in /dev/shm: how busy each engine is
+_paths: set[Path] = set()  # of those files whose names this process has asked for
 
 
 @patch(
@@ -19,7 +21,9 @@ LOADS = "sglang_loads_qwen3next_*.shm"  # in /dev/shm: how busy each engine is
 def mark_loads(host: Callable[[str], str], ipc_name: str) -> str:
     """Around `shm_path_for`: a name by which a later start knows our file."""
     folder, name = os.path.split(host(ipc_name))
-    return os.path.join(folder, name.replace("sglang_loads_", "sglang_loads_qwen3next_", 1))
+    path = os.path.join(folder, name.replace("sglang_loads_", "sglang_loads_qwen3next_", 1))
+    _paths.add(Path(path))
+    return path
 
 
 @patch(
@@ -35,4 +39,19 @@ def end_quietly(host: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells name the signal
     finally:
-        remove_own(LOADS)
+        for path in _paths:  # the schedulers still write them, and are killed next
+            path.unlink(missing_ok=True)
+
+
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.configure_scheduler_process",
+    "sglang.srt.managers.detokenizer_manager.DetokenizerManager.event_loop",
+    "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop",
+    reason="Ctrl-C ends these processes, too: each in a traceback",
+    remove_when="SGLang's processes leave SIGINT to the server",
+)
+def ignore_ctrl_c(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around what each begins with: ignore Ctrl-C, after which the server kills it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return host(*args, **kwargs)
