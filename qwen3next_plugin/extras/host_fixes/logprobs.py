@@ -17,7 +17,7 @@ def answer_tokens(
         prompt: log-probabilities of the prompt's tokens.
         each: of a token of an answer.
         n: answers.
-        most: log-probabilities left by the request's other prompts.
+        most: log-probabilities that the request's other prompts leave.
 
     Raises:
         ValueError: they are too many; names the field.
@@ -27,6 +27,7 @@ def answer_tokens(
         asked = n * (prompt + each * tokens)
         raise ValueError(
             f"{field} asks for {asked} log-probabilities of the prompt and {n} answers of up to "
-            f"{tokens} tokens; a request may have {most}: lower it, n or max_tokens"
+            f"{tokens} tokens; a request may have {MOST}, of which {most} are left for this "
+            "prompt: lower these, n or max_tokens, or send fewer prompts"
         )
     return min(tokens, fits)

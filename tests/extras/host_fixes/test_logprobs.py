@@ -34,5 +34,5 @@ def test_an_answer_is_as_long_as_fits(asked, tokens):
 )
 def test_too_many_are_refused(asked):
     allowed = asked.get("most", MOST)
-    with pytest.raises(ValueError, match=f"^top asks for .*; a request may have {allowed}: lower"):
+    with pytest.raises(ValueError, match=f"^top asks for .* of which {allowed} are left"):
         answer_tokens("top", **{"room": 2**30} | asked)

@@ -4,9 +4,32 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qwen3next_plugin.engines.vllm.patches import When, patch
-from qwen3next_plugin.extras.host_fixes.logprobs import answer_tokens
+from qwen3next_plugin.extras.host_fixes.logprobs import MOST, answer_tokens
 
 MAX_STRINGS = 32  # as SGLang's stop strings; each is looked for at every token
+ASKED = "qwen3next_asked_logprobs"  # in a prompt: log-probabilities of its request's earlier ones
+
+
+@patch(
+    When.IN_SERVER,
+    "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion.render_completion_request",
+    "vllm.entrypoints.openai.chat_completion.batch_serving.OpenAIServingChatBatch"
+    ".render_batch_chat_request",
+    reason="`check_params` sees one prompt, and a request may have a thousand",
+    remove_when="`check_params` is removed",
+)
+async def mark_prompts(host: Callable[..., Awaitable[Any]], serving: Any, request: Any) -> Any:
+    """Around the rendering of a request's prompts: all get one list of what they ask for.
+
+    Not a ContextVar: vLLM answers a stream in another task than it renders the prompts in.
+    """
+    rendered = await host(serving, request)
+    prompts = rendered[-1] if isinstance(rendered, tuple) else rendered
+    if isinstance(prompts, list) and not getattr(request, "use_beam_search", False):  # no error
+        asked: list[int] = []
+        for prompt in prompts:
+            prompt[ASKED] = asked
+    return rendered
 
 
 @patch(
@@ -38,7 +61,8 @@ def check_params(
         try:
             check_strings(params)
             if isinstance(prompt, dict):
-                params = with_bounded_logprobs(params, _length(prompt), engine.model_config)
+                asked = prompt.pop(ASKED, [])
+                params = with_bounded_logprobs(params, _length(prompt), engine.model_config, asked)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from None
     return host(engine, request_id, prompt, params, *args, **more)
@@ -57,20 +81,22 @@ def check_strings(params: Any) -> None:
             raise ValueError(f"{name} has {len(strings)} strings; allowed are at most {most}")
 
 
-def with_bounded_logprobs(params: Any, length: int, model_config: Any) -> Any:
-    """The parameters for a prompt of this length; max_tokens is lowered to what may be asked."""
-    of_prompt = _entries(params.prompt_logprobs, model_config)
+def with_bounded_logprobs(params: Any, length: int, model_config: Any, asked: list[int]) -> Any:
+    """The parameters, max_tokens lowered to what may be asked; this is added to `asked`."""
+    of_prompt = length * _entries(params.prompt_logprobs, model_config)
     each = _entries(params.num_logprobs, model_config)
     room = max(1, model_config.max_model_len - length)
     tokens = room if params.max_tokens is None else params.max_tokens
     may = answer_tokens(
         "logprobs (top_logprobs) or prompt_logprobs",
-        prompt=of_prompt * length,
+        prompt=of_prompt,
         each=each,
         n=params.n,
         tokens=tokens,
         room=room,
+        most=MOST - sum(asked),
     )
+    asked.append(params.n * (of_prompt + each * may))
     if may < tokens:
         params = params.clone()
         params.max_tokens = may
