@@ -320,7 +320,7 @@ def _answer(
         try:
             pickle.loads(pickle.dumps(raised))
             error = raised
-        except Exception:
+        except Exception:  # it cannot be sent, whatever the reason
             error = RuntimeError(f"{type(raised).__name__}: {raised}")
     for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
         signal.setitimer(timer, 0)

@@ -150,6 +150,9 @@ CALLED = {
         "model_config_of": ["server_args"],
         "resolving_view": ["server_args"],
     },
+    "srt/managers/scheduler_components/batch_result_processor.py": {
+        "advance_grammar_fsm": ["self", "result", "batch"],
+    },
     "srt/plugins/hook_registry.py": {
         "register": ["cls", "target", "hook", "hook_type"],
         "apply_hooks": ["cls"],

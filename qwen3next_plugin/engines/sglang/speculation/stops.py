@@ -62,6 +62,9 @@ def end_with_the_grammar(
     verified = batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none()
     if verified or all(req.grammar is None for req in batch.reqs):
         return host(processor, batch, result)
+    processor.advance_grammar_fsm(result, batch)  # reads prompts' tokens, not those of plain steps
+    if result.grammar_advanced:
+        return host(processor, batch, result)
     if result.copy_done is not None:
         result.copy_done.synchronize()
     for req, token_id in zip(batch.reqs, result.next_token_ids.tolist(), strict=True):
