@@ -18,6 +18,7 @@ from typing import Any
 from patience import ticks
 
 START_SECONDS = 600
+SHOWN = 6000  # characters of a log
 TESTS = str(Path(__file__).parents[1])
 CPUS = sorted(os.sched_getaffinity(0))
 # Those of an engine: where tests run side by side, each pytest worker's has its own.
@@ -51,12 +52,14 @@ class Process:
                 return
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
-        """Signal the group to end, kill what is left of it, and drop the log."""
+        """Signal the group to end, kill what is left of it, and drop the log; again: nothing."""
         for each in (sign, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.child.pid, each)
             self.wait(20)
-        Path(self.log).unlink(missing_ok=True)
+        if os.path.exists(self.log):
+            print(self.text()[-SHOWN:])  # pytest shows it where the test failed
+            os.unlink(self.log)
 
 
 class Fork(Process):

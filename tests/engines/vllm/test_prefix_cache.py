@@ -247,6 +247,14 @@ LONG, SHORT, STREAM = (
 )
 
 
+def test_a_prompt_of_one_token_is_one_row(drafts):
+    """vLLM would pad it to the rows of a draft; a CPU would compute them all."""
+    drafts.engine.forget()
+    drafts.engine.inside("draft", 3)
+    held = drafts.engine.inside("beside", STREAM, [SHORT[:1]], TOKENS, 0)
+    assert next(rows for stream, rows in held["steps"] if stream and rows) == 1
+
+
 def test_a_stream_goes_on_beside_long_prompts(drafts):
     """A step of no budget reads 8 tokens. All texts, and hits afterwards, are those without one."""
     engine, found = drafts.engine, {}

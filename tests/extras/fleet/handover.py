@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoints import SHIPPED
-from damage import slightly_changed
+from damage import SLIGHT, slightly_changed
 from engines.server import Server, closing
 
 
@@ -21,7 +21,7 @@ def differences(log: str) -> set[str]:
     return {fact.split("=")[0] for fact in decoder ^ prefiller}
 
 
-def check_one_sign_is_refused(
+def check_slight_changes_are_refused(
     folder: Path,
     prefiller: Callable[[Path], Server],
     decoder: Callable[[Path], Server],
@@ -29,11 +29,12 @@ def check_one_sign_is_refused(
 ) -> None:
     """In the same folder: one server has started before its weights were replaced."""
     model = copytree(SHIPPED, folder / "model", copy_function=copyfile)
-    other = slightly_changed(SHIPPED, folder / "other", "sign")
     with closing(prefiller(model)) as (first,):
-        (other / "model.safetensors").replace(model / "model.safetensors")
-        with closing(decoder(model)) as (second,):
-            with pytest.raises(urllib.error.HTTPError) as refusal:
-                ask(first, second)
-            assert refusal.value.code == 500
-            assert differences(second.process.text()) == {"weights"}
+        for change in SLIGHT:
+            other = slightly_changed(SHIPPED, folder / change, change)
+            (other / "model.safetensors").replace(model / "model.safetensors")
+            with closing(decoder(model)) as (second,):
+                with pytest.raises(urllib.error.HTTPError) as refusal:
+                    ask(first, second)
+                assert refusal.value.code == 500
+                assert differences(second.process.text()) == {"weights"}

@@ -14,7 +14,7 @@ from checkpoints import random_prompt
 from engines.clients import PROMPTS, eventually
 from engines.server import closing, most_cores
 from engines.vllm.server import Server
-from extras.fleet.handover import check_one_sign_is_refused, differences
+from extras.fleet.handover import check_slight_changes_are_refused, differences
 from extras.fleet.vllm.apart import DRAFTS, apart, complete, prefill, server, text
 from needs import needs
 from tiers import long_except
@@ -207,8 +207,8 @@ def test_servers_that_are_not_alike_exchange_nothing(named, differs):
 
 
 @pytest.mark.long
-def test_weights_that_differ_in_one_sign_are_refused(tmp_path):
-    check_one_sign_is_refused(
+def test_weights_that_differ_slightly_are_refused(tmp_path):
+    check_slight_changes_are_refused(
         tmp_path,
         lambda model: server("kv_producer", model=model),
         lambda model: server("kv_consumer", model=model),

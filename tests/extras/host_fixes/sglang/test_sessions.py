@@ -9,7 +9,11 @@ import pytest
 from checkpoints import SHIPPED, random_prompt
 from engines.hostile import ask
 from engines.sglang.server import FIXED, NEXTN, Forked
-from qwen3next_plugin.extras.host_fixes.sglang.sessions import add_turn, continue_in_session
+from qwen3next_plugin.extras.host_fixes.sglang.sessions import (
+    add_turn,
+    continue_in_session,
+    make_room,
+)
 
 
 class Asked:
@@ -119,6 +123,36 @@ def test_a_turn_ignores_the_end_also_if_scheduling_fails():
     with pytest.raises(ZeroDivisionError):
         add_turn(lambda *_: 1 / 0, None, req)
     assert req.sampling_params.ignore_eos
+
+
+def test_the_memory_of_the_session_idle_longest_is_taken_first():
+    """Two requests wait for a row each: one turn of a session, and one of none."""
+    used = {"running": 1, "oldest": 2, "waits": 3, "newest": 9, "older": 5}
+    sessions = {
+        name: Bag(session_id=name, last_active_time=at, _inflight=name == "running")
+        for name, at in used.items()
+    }
+    taken: list[str] = []
+    plan = Bag(
+        batch_to_run=None,
+        running_batch=Bag(is_empty=lambda: False, check_decode_mem=lambda: True, reqs=[1]),
+    )
+    scheduler = Bag(
+        session_controller=Bag(sessions=sessions),
+        tree_cache=Bag(
+            session_records=lambda: dict.fromkeys(set(used) - set(taken)),
+            release_session=taken.append,
+        ),
+        waiting_queue=[Bag(session=sessions["waits"]), Bag(session=None)],
+        max_running_requests=4,
+    )
+
+    def host(scheduler, running):
+        running.batch_is_full = len(taken) < 2
+        return plan
+
+    assert make_room(host, scheduler, plan.running_batch) is plan
+    assert taken == ["oldest", "older"]
 
 
 PARAMS = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 12}
