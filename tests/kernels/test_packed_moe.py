@@ -100,7 +100,11 @@ def test_whatever_tokens_share_the_batch(native_level, kind, dtype):
 
 
 def test_a_route_to_no_expert_adds_nothing(cpu_backend, kind):
-    """The others' bits are those with weight 0; no expert runs for it, as expert 0 gives NaN."""
+    """The others are as with weight 0; no expert runs for it, as expert 0 gives NaN.
+
+    Their bits, too, but for the reference's, whose products depend on how many tokens there are.
+    """
+    near = {"rtol": 2**-7, "atol": 1e-3} if cpu_backend == "reference" else {"rtol": 0, "atol": 0}
     arguments = inputs(kind, torch.bfloat16)  # none has expert 0
     alone = {"shared": shared_expert(kind, torch.bfloat16)}
     none = torch.rand(T, k) < 0.5
@@ -113,11 +117,11 @@ def test_a_route_to_no_expert_adds_nothing(cpu_backend, kind):
             tensor[0].view(torch.uint8).fill_(255)
         assert unpack(weight)[0].isnan().any()
     arguments |= {"topk_weights": weights, "topk_ids": ids.masked_fill(none, -1)}
-    assert torch.equal(fused_moe(**arguments), expected)
-    assert torch.equal(fused_moe(**arguments, **alone), beside)
+    torch.testing.assert_close(fused_moe(**arguments), expected, **near)
+    torch.testing.assert_close(fused_moe(**arguments, **alone), beside, **near)
     arguments["topk_ids"] = torch.full_like(ids, -1)
     assert not fused_moe(**arguments).any()
-    assert torch.equal(fused_moe(**arguments, **alone)[7], beside[7])
+    torch.testing.assert_close(fused_moe(**arguments, **alone)[7], beside[7], **near)
 
 
 def test_no_tokens(cpu_backend, kind):
