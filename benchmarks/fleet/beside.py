@@ -18,13 +18,14 @@ import openai
 import typer
 
 from benchmarks.block_model import block_model
-from benchmarks.report import Record, Run, console
+from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.server import Server, SGLangServer
 from benchmarks.worker import prompts, vocabulary
 
 LONG, SHORT, ANSWER = 8192, 32, 4096  # tokens
 SECONDS, ALONE, EVERY = 60.0, 2, 9.0  # of a turn, at least; long prompts alone; between short ones
 ENOUGH = 20  # times between tokens: twice as many at least
+GIVE_UP = 10  # after so many times a turn's seconds
 BUDGET = "QWEN3NEXT_STEP_SECONDS"
 SIDES = {"budget": "1.0", "chunks": "0"}  # the engine's own chunks
 FLAGS = {
@@ -106,9 +107,11 @@ class Clients:
                 await asyncio.sleep(EVERY)
                 await self.first_token(SHORT, self.found.short)
 
-        ends = time.perf_counter() + self.seconds
+        began = time.perf_counter()
         tasks = [asyncio.create_task(work()) for work in (stream, long, short)]
-        while time.perf_counter() < ends or not self.is_enough():
+        while (took := time.perf_counter() - began) < self.seconds or not self.is_enough():
+            if took > GIVE_UP * self.seconds:
+                raise RedCheckError("the server does not serve three clients side by side")
             done, _ = await asyncio.wait(tasks, timeout=1, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # raises: none of them ends

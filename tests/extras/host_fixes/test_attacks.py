@@ -33,10 +33,12 @@ STARTS = {
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
         *("--max-num-seqs", "32"),
         *("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ),
     "sglang": (
         *("--dtype", "float32", "--max-total-tokens", "32768"),
         *("--speculative-algo", "NEXTN", "--speculative-num-steps", "3"),
+        *("--tool-call-parser", "hermes"),
     ),
 }
 
@@ -68,6 +70,17 @@ def constrained(**by: Any) -> dict[str, Any]:
         return {"structured_outputs": {kind: text}}
     text = json.dumps(text) if kind == "json" else text
     return {{"regex": "regex", "grammar": "ebnf", "json": "json_schema"}[kind]: text}
+
+
+def tool(**parameter: Any) -> dict[str, Any]:
+    """A chat that must call a tool, by an argument of this schema."""
+    schema = {"type": "object", "properties": {"city": parameter}, "required": ["city"]}
+    function = {"name": "weather", "parameters": schema, "strict": True}
+    return {
+        "messages": [{"role": "user", "content": "weather"}],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "required",
+    }
 
 
 def without_end(client: int) -> dict[str, Any]:
@@ -108,6 +121,9 @@ ATTACKS: dict[str, Attack] = {
     "one that explodes in 16 answers": Attack(constrained(regex=NESTED) | {"n": 16}, says=FIELD),
     "a pattern in a schema": Attack(
         constrained(json={"type": "string", "pattern": f"^{NESTED}$"}), says=FIELD
+    ),
+    "a pattern in a required tool's parameter": Attack(
+        tool(type="string", pattern=f"^{NESTED}$"), path="/v1/chat/completions", says=FIELD
     ),
     "eight that explode at once": Attack(
         lambda client: constrained(regex=f"{NESTED}[{client}]"), says=FIELD, clients=8

@@ -1,4 +1,4 @@
-"""Ports that a prefill server needs beside its own."""
+"""What a server needs beside its own port: a prefill server's second, a folder for metrics."""
 
 import socket
 from types import SimpleNamespace as Bag
@@ -6,7 +6,7 @@ from types import SimpleNamespace as Bag
 import pytest
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.extras.host_fixes.sglang import ports
+from qwen3next_plugin.extras.host_fixes.sglang import metrics_files, ports
 
 
 def test_a_bootstrap_port_in_use_is_named(monkeypatch):
@@ -20,3 +20,10 @@ def test_a_bootstrap_port_in_use_is_named(monkeypatch):
             ports.check_port(args)
         args.disaggregation_mode = "decode"
         ports.check_port(args)
+
+
+def test_metrics_need_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv(metrics_files.FOLDER, str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match=f"{metrics_files.FOLDER}=.*gone is no folder; make it"):
+        metrics_files.check_room(Bag(enable_metrics=True))
+    metrics_files.check_room(Bag(enable_metrics=False))
