@@ -4,8 +4,12 @@ SGLang runs a step of prompts whenever it can, and reads one prompt in chunks to
 that end no request decodes, and no other prompt begins. Here a decode step follows each step of
 prompts, engines/pacing.py chooses the chunks, and a partly read prompt may be set aside for a much
 shorter one. It keeps its row, its page and its tokens, as between two chunks.
+
+A chunk waits while rows decode and memory does not hold both. If it does not hold the rows' next
+step, the partly read prompt that came last is retracted: it waits, and is read again.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +25,8 @@ from qwen3next_plugin.engines.sglang.shared_prefixes import LEAST, next_place
 MUCH_SHORTER = 4  # times
 LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
 
+logger = logging.getLogger(__name__)
+
 
 class Turns:
     """Chooses the prompts of the next step; one per scheduler."""
@@ -30,7 +36,6 @@ class Turns:
         self.longest, self.longest_seconds = LongestStep(), 0.0
         self.pacing = Pacing(env.step_seconds() if _may_pace(scheduler) else 0.0, self._agree)
         self.aside: list[Any] = []  # partly read requests, except the scheduler's chunked_req
-        self.left: list[Any] = []  # those of them whose clients have left
 
     def _agree(self, tokens: int) -> int:
         from sglang.srt.runtime_context import get_parallel
@@ -52,16 +57,15 @@ class Turns:
 
         A chunk ends where a page of its prompt is to be kept.
         """
-        scheduler = self.scheduler
-        parts = self.aside + [r for r in (scheduler.chunked_req,) if r is not None]
-        parts.sort(key=lambda req: req.time_stats.wait_queue_entry_time)
+        scheduler, parts = self.scheduler, self._parts()
         waiting = self._may_begin(parts)
         prompts = [Prompt(_rest(req), req.prefix_len) for req in parts]
         prompts += [self._waiting(req, i < LOOKED_UP) for i, req in enumerate(waiting)]
         most = scheduler.chunked_prefill_size
         shares = self.pacing.shares(prompts, rows, most)
         first = 0 if shares is None else self.pacing.first
-        self._resume(parts, first)
+        scheduler.chunked_req = parts[first] if first < len(parts) else None
+        self.aside = [req for i, req in enumerate(parts) if i != first]
         if not prompts:
             return None
         req, context = (parts + waiting)[first], prompts[first].context
@@ -74,6 +78,11 @@ class Turns:
         end = min(context + most - context % most, place or math.inf)
         limit = self.pacing.limit
         return min(limit, end - context) if context + shares[first] > end else limit
+
+    def _parts(self) -> list[Any]:
+        """Partly read requests, the oldest first."""
+        parts = self.aside + [r for r in (self.scheduler.chunked_req,) if r is not None]
+        return sorted(parts, key=lambda req: req.time_stats.wait_queue_entry_time)
 
     def _place(self, req: Any, context: int, *, begun: bool) -> int | None:
         """Where to keep the next page of a prompt; not close to the cached one that it begins at.
@@ -113,24 +122,51 @@ class Turns:
     def _shares_prefixes(self) -> bool:
         return self.scheduler.tree_cache.supports_prefix_sharing()
 
-    def _resume(self, parts: list[Any], first: int) -> None:
-        """Continue one of these requests, or none if a new one begins; set the others aside."""
-        self.scheduler.chunked_req = parts[first] if first < len(parts) else None
-        self.aside = [req for i, req in enumerate(parts) if i != first]
+    def may_continue(self, limit: int, running_batch: Any) -> bool:
+        """Whether memory holds the next chunk and the rows' next step; SGLang never asks this.
 
-    def resume_oldest(self) -> None:
-        """Continue a request that was set aside, because the chosen one found no room."""
-        self.scheduler.chunked_req = self.aside.pop(0)
+        Without rows, which free memory when they end, requests set aside are retracted.
+        """
+        scheduler, req = self.scheduler, self.scheduler.chunked_req
+        if req is None:  # SGLang asks before it begins a prompt
+            return True
+        tokens = min(limit, _rest(req)) + scheduler.page_size
+        if running_batch.reqs:
+            tokens += running_batch.new_tokens_required_next_decode()
+        while not scheduler.token_to_kv_pool_allocator.check_decode_capacity(
+            num_tokens=tokens, tree_cache=scheduler.tree_cache
+        ):
+            if running_batch.reqs or not self.aside:
+                return not running_batch.reqs
+            self.retract(self.aside[-1:])
+        return True
 
-    def reserved(self) -> int:
-        """Tokens that the requests set aside still need."""
-        return sum(map(_rest, self.aside))
+    def make_room(self, running_batch: Any) -> None:
+        """Retract partly read requests, the youngest first, until the rows' next step fits."""
+        parts, tracker = self._parts(), self.scheduler.new_token_ratio_tracker
+        while parts and not running_batch.check_decode_mem():
+            logger.warning("memory is full: a prompt is read again: %s", parts[-1].rid)
+            self.retract([parts.pop()])
+            tracker.current = tracker.estimate_new_token_ratio_after_retract(running_batch.reqs)
 
-    def leave(self, asked: Any) -> None:
-        """Note the requests set aside whose client leaves."""
-        for req in self.aside:
-            if asked.abort_all or req.rid.startswith(asked.rid):
-                self.left.append(req)
+    def retract(self, parts: list[Any]) -> None:
+        """Free the memory of partly read requests, which wait again."""
+        from sglang.srt.managers.schedule_batch import retract_all
+
+        scheduler = self.scheduler
+        self.aside = [req for req in self.aside if req not in parts]
+        if scheduler.chunked_req in parts:
+            scheduler.chunked_req = None
+        retract_all(
+            reqs=parts,
+            req_to_token_pool=scheduler.req_to_token_pool,
+            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+            tree_cache=scheduler.tree_cache,
+            hisparse_coordinator=None,
+            offload_kv=False,
+        )
+        for req in parts:
+            scheduler._add_request_to_queue(req)
 
 
 def _may_pace(scheduler: Any) -> bool:
@@ -203,13 +239,29 @@ def read_prompts(
     try:
         limit = found.begin(rows) or max(UNIT, most - mixed)
         scheduler.chunked_prefill_size = limit + mixed
-        batch, running_batch = host(scheduler, running_batch=running_batch, **options)
-        if batch is None and scheduler.chunked_req is None and found.aside:
-            found.resume_oldest()
+        batch = None
+        if found.may_continue(limit, running_batch):
             batch, running_batch = host(scheduler, running_batch=running_batch, **options)
+        if batch is None and scheduler.chunked_req is None and found.aside:
+            scheduler.chunked_req = found.aside.pop(0)  # the chosen one found no room
+            if found.may_continue(limit, running_batch):
+                batch, running_batch = host(scheduler, running_batch=running_batch, **options)
     finally:
         scheduler.chunked_prefill_size = most
     return batch, running_batch
+
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.update_running_batch",
+    reason="SGLang ends the last row where prompts that are read in part hold the memory",
+    remove_when="SGLang reads several prompts in part",
+)
+def keep_rows(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """Around `update_running_batch`: retract partly read prompts before any row."""
+    if turns(scheduler).pacing.seconds:
+        turns(scheduler).make_room(batch)
+    return host(scheduler, batch)
 
 
 @patch(
@@ -224,7 +276,7 @@ def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
 
     def make(*args: Any, **options: Any) -> Any:
         adder = made(*args, **options)
-        adder.memory_budget.total_offset += turns(scheduler).reserved()
+        adder.memory_budget.total_offset += sum(map(_rest, turns(scheduler).aside))
         return adder
 
     return make
@@ -274,22 +326,15 @@ def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None
 
 @patch(
     When.ON_CPU,
-    "sglang.srt.managers.scheduler.Scheduler.process_pending_chunked_abort",
+    "sglang.srt.managers.scheduler.Scheduler.abort_request",
     reason="SGLang knows one prompt that is read in part",
     remove_when="SGLang reads several prompts in part",
 )
-def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Around `process_pending_chunked_abort`: also end requests set aside."""
-    host(scheduler)
+def end_aside(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
+    """Around `abort_request`: also abort requests set aside, which wait again for that."""
     found = turns(scheduler)
-    kept = scheduler.chunked_req
-    for req in found.left:
-        if req in found.aside:
-            found.aside.remove(req)
-            scheduler.chunked_req = scheduler._pending_chunked_abort_req = req
-            host(scheduler)
-    scheduler.chunked_req = kept
-    found.left = []
+    found.retract([r for r in found.aside if asked.abort_all or r.rid.startswith(asked.rid)])
+    host(scheduler, asked)
 
 
 @patch(
@@ -300,19 +345,6 @@ def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
 )
 def retract_aside(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """Around `pause_generation`: also retract the requests set aside."""
-    from sglang.srt.managers.schedule_batch import retract_all
-
-    found = turns(scheduler)
-    if asked.mode == "retract" and found.aside:
-        retract_all(
-            reqs=found.aside,
-            req_to_token_pool=scheduler.req_to_token_pool,
-            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
-            tree_cache=scheduler.tree_cache,
-            hisparse_coordinator=None,
-            offload_kv=False,
-        )
-        for req in found.aside:
-            scheduler._add_request_to_queue(req)
-        found.aside = []
+    if asked.mode == "retract":
+        turns(scheduler).retract(turns(scheduler).aside)
     host(scheduler, asked)

@@ -5,6 +5,7 @@ from types import SimpleNamespace as Bag
 
 import pytest
 from sglang.srt.managers import schedule_batch
+from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
 
 from qwen3next_plugin.engines.pacing import FIRST, Pacing, Prompt
 from qwen3next_plugin.engines.sglang import pacing
@@ -42,9 +43,14 @@ class Scheduler:
         self.schedule_policy, self.enable_priority_scheduling = policy, False
         self.tree_cache = Bag(supports_prefix_sharing=lambda: True)
         self.full = self.is_mixed_chunk = False
+        self.page_size, self.room, self.retracted = 1, 10**6, []
+        self.req_to_token_pool, self.token_to_kv_pool_allocator = None, self
+        self.new_token_ratio_tracker = NewTokenRatioTracker(
+            init=0.4, min=0.1, decay=0.01, current=0.1
+        )
         self.qwen3next_turns = turns = Turns.__new__(Turns)
         turns._waiting = lambda req, look_up: Prompt(req.rest, req.prefix_len)
-        turns.scheduler, turns.pacing, turns.aside, turns.left = self, Pacing(1.0), [], []
+        turns.scheduler, turns.pacing, turns.aside = self, Pacing(1.0), []
 
     def read(self, *, running_batch):
         left, read = self.chunked_prefill_size, Counter()
@@ -60,9 +66,22 @@ class Scheduler:
         self.waiting_queue = [req for req in self.waiting_queue if not req.prefix_len]
         return read or None, running_batch
 
+    def check_decode_capacity(self, *, num_tokens, tree_cache):
+        return num_tokens <= self.room
+
+    def _add_request_to_queue(self, req):
+        self.waiting_queue.append(req)
+
     def step(self, rows=1):
-        batch = Bag(reqs=[Request("row", 1, 0)] * rows, batch_is_full=False)
-        return pacing.read_prompts(Scheduler.read, self, running_batch=batch)[0]
+        return pacing.read_prompts(Scheduler.read, self, running_batch=self.batch(rows))[0]
+
+    def batch(self, rows):
+        return Bag(
+            reqs=[Request("row", 1, 0)] * rows,
+            batch_is_full=False,
+            new_tokens_required_next_decode=lambda: rows,
+            check_decode_mem=lambda: rows <= self.room,
+        )
 
 
 def test_rows_that_decode_in_the_same_step_take_no_tokens_from_prompts():
@@ -188,40 +207,74 @@ def test_no_chunk_ends_close_to_a_cached_page_or_by_guess():
     assert Scheduler(req, policy="lpm").step(rows=0) == {"one": 1500}
 
 
-def test_a_client_that_leaves_takes_its_request_from_aside():
-    long, short = Request("long", 8000, 0), Request("short", 1500, 1)
-    scheduler = Scheduler(long, short)
+@pytest.fixture
+def two_parts(monkeypatch):
+    """A scheduler with two prompts read in part, the long one aside; retracting one frees 100."""
+
+    def retract_all(*, reqs, **_):
+        for req in reqs:
+            scheduler.retracted.append(req.rid)
+            scheduler.room, req.prefix_len = scheduler.room + 100, 0
+
+    monkeypatch.setattr(schedule_batch, "retract_all", retract_all)
+    scheduler = Scheduler(long := Request("long", 8000, 0), short := Request("short", 1500, 1))
     scheduler.step()
     scheduler.step()
-    turns = scheduler.qwen3next_turns
-    assert (scheduler.chunked_req, turns.aside) == (short, [long])
-    ended = []
-
-    def host(scheduler):
-        if (req := scheduler._pending_chunked_abort_req) is not None:
-            assert scheduler.chunked_req is req
-            ended.append(req)
-            scheduler.chunked_req = scheduler._pending_chunked_abort_req = None
-
-    turns.leave(Bag(abort_all=False, rid="long"))
-    pacing.end_aside(host, scheduler)
-    assert (ended, turns.aside, scheduler.chunked_req) == ([long], [], short)
+    assert (scheduler.chunked_req, scheduler.qwen3next_turns.aside) == (short, [long])
+    return scheduler
 
 
-def test_a_pause_retracts_those_aside_too(monkeypatch):
-    long, short = Request("long", 8000, 0), Request("short", 1500, 1)
-    scheduler = Scheduler(long, short)
-    scheduler.step()
-    scheduler.step()
-    retracted, queue = [], []
-    for name in ("req_to_token_pool", "token_to_kv_pool_allocator"):
-        setattr(scheduler, name, None)
-    scheduler._add_request_to_queue = queue.append
-    monkeypatch.setattr(schedule_batch, "retract_all", lambda *, reqs, **_: retracted.extend(reqs))
-    paused = []
+def test_a_chunk_waits_for_memory_while_rows_decode(two_parts):
+    scheduler, chunk = two_parts, FIRST + 1  # a page more, since the prompt may end in one
+    scheduler.room = chunk + 4
+    assert scheduler.step(rows=5) is None
+    assert scheduler.step(rows=4).total() == FIRST
+    assert not scheduler.retracted
+
+
+def test_without_rows_those_aside_give_way(two_parts):
+    two_parts.room = 150
+    assert two_parts.step(rows=0)
+    assert len(two_parts.retracted) == 1
+    two_parts.room = 0
+    assert two_parts.step(rows=0)  # SGLang knows whether its only prompt fits
+
+
+def test_rows_take_the_memory_of_the_youngest_prompt(two_parts):
+    tracker, ran = two_parts.new_token_ratio_tracker, []
+    for room, rows, retracted in ((9, 9, []), (9, 10, ["short"]), (0, 200, ["short", "long"])):
+        two_parts.room = room
+        batch = two_parts.batch(rows)
+        for row in batch.reqs:
+            row.sampling_params = Bag(max_new_tokens=40)
+        pacing.keep_rows(lambda _, batch: ran.append(batch), two_parts, batch)
+        assert two_parts.retracted == retracted
+        assert (tracker.current > 0.1) == bool(retracted)
+        assert ran[-1] is batch
+    assert two_parts.chunked_req is None
+    assert not two_parts.qwen3next_turns.aside
+    assert [req.rid for req in two_parts.waiting_queue] == ["short", "long"]
+
+
+def test_who_leaves_ends_its_request_aside_as_one_that_waits(two_parts):
+    scheduler, seen = two_parts, []
+
+    def host(scheduler, asked):
+        seen.append([req.rid for req in scheduler.waiting_queue])
+
+    for name, abort_all in (("short", False), ("long", False), ("", True)):
+        pacing.end_aside(host, scheduler, Bag(rid=name, abort_all=abort_all))
+    assert seen == [[], ["long"], ["long"]]
+    assert scheduler.chunked_req.rid == "short"
+
+
+def test_a_pause_retracts_those_aside_too(two_parts):
+    scheduler, paused = two_parts, []
+    long = scheduler.qwen3next_turns.aside[0]
     for mode in ("in_place", "retract"):
         pacing.retract_aside(lambda _, asked: paused.append(asked.mode), scheduler, Bag(mode=mode))
         aside = scheduler.qwen3next_turns.aside
         assert aside == ([long] if mode == "in_place" else [])
     assert paused == ["in_place", "retract"]
-    assert retracted == queue == [long]
+    assert scheduler.retracted == ["long"]
+    assert scheduler.waiting_queue == [long]

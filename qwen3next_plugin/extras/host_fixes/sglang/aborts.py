@@ -22,14 +22,12 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     Names are random or chosen by clients: a request named `a` would match one in sixteen others.
     """
     if asked.abort_all:
-        turns(scheduler).leave(asked)
         return host(scheduler, asked)
     alike = (req for req in _requests(scheduler) if req.rid.startswith(asked.rid))
     others = {id(req): req for req in alike if req.rid != asked.rid}.values()  # each once
     for req in others:
         req.rid = OTHER + req.rid
     try:
-        turns(scheduler).leave(asked)
         host(scheduler, asked)
     finally:
         for req in others:

@@ -55,7 +55,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {"a0": UNKNOWN},
         "required": [f"a{i}" for i in range(40_000)],
     },
-    "a long string": PATTERN | {"properties": {"a": {"type": "string", "maxLength": 5000}}},
+    "a long string": PATTERN | {"properties": {"a": {"type": "string", "maxLength": 50_000}}},
     "optional properties": {
         **PATTERN,
         "properties": {f"b{i}": {"type": "object", "properties": OPTIONAL} for i in range(100)},
