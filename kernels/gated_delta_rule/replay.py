@@ -25,9 +25,10 @@ def rounded(S, p, STATE: tl.constexpr):
 def replay(
     S, pages, page, first, last, hv, k_at, v_at,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    STAGES: tl.constexpr = 2,
 ):  # fmt: skip
-    """Apply the window's tokens at positions [first, last) to S."""
-    for p in tl.range(first, last, num_stages=2):
+    """Apply the window's tokens at [first, last) to S, with STAGES - 1 loads in flight."""
+    for p in tl.range(first, last, num_stages=STAGES):
         at = p % W
         key_at = pages.key + page * pages.key_slot + (at * H + hv // R) * K + k_at
         u_at = pages.u + page * pages.u_slot + (at * H * R + hv) * V + v_at

@@ -110,16 +110,17 @@ def segment_transitions(
 def segment_starts(
     transitions, starts, step, pages, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
+    SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr, COLUMNS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S at the start of each segment, BV columns of one value head; grid (tiles * HV, segments).
 
     Writes starts [segments, HV, K, V] fp32. The program of a row's first segment writes all of its.
+    COLUMNS is the width of the tiles in which `segment_transitions` wrote [B | A].
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
-    A_FROM: tl.constexpr = TILES * BV
-    WIDTH: tl.constexpr = A_FROM + (K + BV - 1) // BV * BV
+    A_FROM: tl.constexpr = (V + COLUMNS - 1) // COLUMNS * COLUMNS
+    WIDTH: tl.constexpr = A_FROM + (K + COLUMNS - 1) // COLUMNS * COLUMNS
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     index = tl.program_id(1)
     i, s = row_of_chunk(step, index, N, T, SPLIT_FROM, SEGMENT)

@@ -22,7 +22,7 @@ def normalised(x, scale):
 def short_rows(
     x, conv, step, row_faults, faults, pages, keys, out, T, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    CONVOLVES: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    CONVOLVES: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of V columns of one value head of one row; grid (V tiles * HV, N).
 
@@ -66,10 +66,10 @@ def short_rows(
     p0, base = state_position(c, start), c // GRID * GRID
     S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
     S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
-    S = replay(S, pages, page, p0, base, hv, k_at, v_at, H, R, K, V, W)
+    S = replay(S, pages, page, p0, base, hv, k_at, v_at, H, R, K, V, W, STAGES)
     if base > p0:
         tl.store(S_at, S.to(pages.state.dtype.element_ty), mask=S_in)
-    S = replay(S, pages, page, base, c, hv, k_at, v_at, H, R, K, V, W)
+    S = replay(S, pages, page, base, c, hv, k_at, v_at, H, R, K, V, W, STAGES)
     tl.debug_barrier()  # the last draft's u takes the place of one that other warps may still load
 
     for j in range(0, n):

@@ -91,7 +91,7 @@ def run_layer(
     BK, BV = max(MIN_DOT, next_power_of_2(K)), min(config.short_columns, next_power_of_2(V))
     short_rows[-(-V // BV) * HV, N](
         x, conv, step, row_faults, faults.record(device), pages, keys, raw, T, slots,
-        **sizes, **convolves, BK=BK, BV=BV, **config.short.options(),
+        **sizes, **convolves, BK=BK, BV=BV, STAGES=config.replay_stages, **config.short.options(),
     )  # fmt: skip
     if max_query_len > W - GRID + 1:
         chunks = _chunks(x, conv, step, keys, raw, config, sizes, convolves)
@@ -165,9 +165,10 @@ def _scan(
             chunks, step, transitions, T, N, slots,
             **walks, C=config.chunk, **config.transitions.options(),
         )  # fmt: skip
-        segment_starts[V_tiles * HV, segments](
+        # Narrow tiles, because each program holds a whole [K, K] of a segment.
+        segment_starts[-(-V // MIN_DOT) * HV, segments](
             transitions, starts, step, pages, T, N, slots,
-            **walks, **config.starts.options(),
+            **walks | {"BV": MIN_DOT}, COLUMNS=BV, **config.starts.options(),
         )  # fmt: skip
     chunk_scan[V_tiles * HV, N + segments](
         chunks, starts, step, pages, raw, T, N, slots,

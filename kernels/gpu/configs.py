@@ -27,6 +27,7 @@ class Config:
     processors: int  # multiprocessors or compute units
     short_columns: int = 32
     short: Launch = Launch(4, 2)
+    replay_stages: int = 8  # a window's tokens whose loads are in flight, and one more
     chunk: int = 64  # positions of a chunk
     prepare_tokens: int = 16
     prepare: Launch = Launch(4)
@@ -59,7 +60,7 @@ class Config:
 CONFIGS = {
     "sm_80": Config(108, chunk=32),
     "sm_90": Config(132),
-    "sm_100": Config(148),
+    "sm_100": Config(148, replay_stages=6),  # with 8, fp16 spills
     # 64 KiB of shared memory: too little to pipeline loads of fp32 activations.
     "gfx942": Config(
         304,

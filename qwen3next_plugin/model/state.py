@@ -16,6 +16,7 @@ from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
 from qwen3next_plugin.model.kinds import Parts, kind_of
 
+PAGE_FORMAT = 2  # one more whenever the bytes of a page are read another way
 STATE_DTYPES = ("float32", "bfloat16")  # of S; both hosts accept more
 
 
@@ -92,18 +93,17 @@ class PageLayout:
         return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each part of a page, in the order they lie in it."""
+        """Shape and dtype of each part, in a page's order: first those of 16·n bytes, for tiles."""
         H, HV = self.num_key_heads, self.num_value_heads
         K, V, W = self.key_dim, self.value_dim, GRID + self.num_drafts
         parts = {
             "state": ((HV, K, V), self.state_dtype),
             "key": ((W, H, K), torch.float32),
             "u": ((W, HV, V), torch.float32),
+            "conv": ((CONV_WIDTH + self.num_drafts, self.conv_dim), self.activation_dtype),
             "g": ((W, HV), torch.float32),
             "span": ((2,), torch.int32),
         }
-        conv = (CONV_WIDTH + self.num_drafts, self.conv_dim)
-        parts["conv"] = (conv, self.activation_dtype)
         return parts | {name: (shape, dtype) for name, shape, dtype in self.shared}
 
     def nbytes(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.machine.processor import instructions
+from qwen3next_plugin.model.state import PAGE_FORMAT
 
 
 def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
@@ -20,7 +21,7 @@ def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
         # The path does not matter: a copy of a model is the same model.
         sorted((field for field in fields if field[0] != "_name_or_path"), key=str),
         (env.quantise(), env.head(), env.batch_invariant()),
-        (__version__, host, str(torch.__version__), described("cpu"), instructions()),
+        (PAGE_FORMAT, __version__, host, str(torch.__version__), described("cpu"), instructions()),
     )
 
 
