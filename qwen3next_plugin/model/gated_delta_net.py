@@ -62,27 +62,58 @@ def attend(
     return out_
 
 
+def run_idle(
+    *,
+    qkvz: torch.Tensor,
+    ba: torch.Tensor,
+    weights: GatedDeltaNetWeights,
+    shape: GatedDeltaNetShape,
+    pool_: StatePool,
+    rows: int = 1,
+    max_query_len: int = MAX_INT,
+    out_: torch.Tensor | None = None,
+) -> None:
+    """Run a step whose rows have no page: it writes zeros, and takes a real step's scratch.
+
+    max_query_len decides which kernels a step launches.
+
+    Shapes:
+        as `attend`; the first row has all T tokens
+    """
+    slot = torch.full((rows,), NULL_SLOT, dtype=torch.int32, device=qkvz.device)
+    starts = torch.full((rows + 1,), len(qkvz), dtype=torch.int32, device=qkvz.device)
+    starts[0].zero_()
+    attend(
+        qkvz=qkvz,
+        ba=ba,
+        weights=weights,
+        shape=shape,
+        pool_=pool_,
+        step=Step(
+            query_start_loc=starts,
+            slot=slot,
+            context_len=torch.zeros_like(slot),
+            num_tokens=len(qkvz),
+            max_query_len=max_query_len,
+        ),
+        out_=out_,
+    )
+
+
 def launch_idle(
     *, weights: GatedDeltaNetWeights, shape: GatedDeltaNetShape, pool_: StatePool
 ) -> None:
-    """Launch every kernel of the layer on a row without a page, so that each is compiled.
+    """Launch every kernel of the layer without a page, so that each is compiled.
 
-    max_query_len decides which kernels a step launches: one short step and one long step cover all.
+    One short step and one long step launch them all.
     """
-    H, HV, device = shape.num_key_heads, shape.num_value_heads, pool_.span.device
+    H, HV = shape.num_key_heads, shape.num_value_heads
     for T, max_query_len in ((1, 1), (LONG, MAX_INT)):
-        null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=device)
-        attend(
+        run_idle(
             qkvz=pool_.conv.new_zeros(T, 2 * H * shape.key_dim + 2 * HV * shape.value_dim),
             ba=pool_.conv.new_zeros(T, 2 * HV),
             weights=weights,
             shape=shape,
             pool_=pool_,
-            step=Step(
-                query_start_loc=torch.tensor([0, T], dtype=torch.int32, device=device),
-                slot=null,
-                context_len=torch.zeros_like(null),
-                num_tokens=T,
-                max_query_len=max_query_len,
-            ),
+            max_query_len=max_query_len,
         )

@@ -117,6 +117,11 @@ class PageLayout:
         """Bytes of one page, before the host rounds it up to its own page size."""
         return sum(self.nbytes().values())
 
+    def spare_pool(self, device: torch.device) -> StatePool:
+        """Two pages outside an engine's pool, aligned as hosts align theirs; unwritten."""
+        page_bytes = -(-self.page_bytes // 256) * 256
+        return self.view(torch.empty(2, page_bytes, dtype=torch.int8, device=device))
+
     def view(self, pages: torch.Tensor) -> StatePool:
         """View raw pages as the tensors they hold.
 

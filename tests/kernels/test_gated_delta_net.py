@@ -16,6 +16,7 @@ from qwen3next_plugin.kernels.gated_delta_net import (
     gated_delta_net,
 )
 from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.model.gated_delta_net import run_idle
 from tolerances import assert_close
 
 OP = "gated_delta_rule"
@@ -277,3 +278,34 @@ class TestOnTheDevice:
         step = Step(((0, 38, 33),))
         net(pool, step, *net.inputs(step.T))
         assert launched == ["short_rows", "prepare", scan[0], scan[-1], "commit"]
+
+    def test_an_idle_step_takes_the_scratch_of_any_step(self, backend, split_rows):
+        """vLLM measures a step's memory before there are pages."""
+
+        class Scratch(TorchDispatchMode):
+            nbytes = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                self.nbytes += out.nbytes if func.overloadpacket.__name__ == "new_empty" else 0
+                return out
+
+        net, pool = Net(SMALL, torch.float32), Pool(SMALL, 4, DRAFTS)
+        x, out = net.inputs(70), torch.empty(70, SMALL.HV * SMALL.V)
+        with Scratch() as idle:
+            run_idle(
+                qkvz=x[0],
+                ba=x[1],
+                weights=net.weights,
+                shape=GatedDeltaNetShape(SMALL.H, SMALL.HV, SMALL.K, SMALL.V),
+                pool_=pool.pages(),
+                rows=4,
+                out_=out,
+            )
+        assert (out == 0).all()
+        pool.assert_untouched_but([])
+        for rows in (((0, 0, 70),), ((0, 0, 35), (1, 0, 33), (2, 0, 1), (3, 0, 1))):
+            with Scratch() as real:
+                net(pool, Step(rows), *x, out)
+            assert 0 < real.nbytes <= idle.nbytes
+            pool.raw.zero_()

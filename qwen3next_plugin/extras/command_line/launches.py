@@ -53,7 +53,6 @@ class Launches:
     def _linear_attention(self) -> None:
         layout, empty = self.page_layout(), self._empty
         HV = layout.num_value_heads
-        padded = -(-layout.page_bytes // 256) * 256  # hosts align pages, and kernels rely on it
         launch_idle(
             weights=GatedDeltaNetWeights(
                 conv=empty(layout.conv_dim, 4),
@@ -63,7 +62,7 @@ class Launches:
                 norm_eps=self.config.rms_norm_eps,
             ),
             shape=shape_of(self.config),
-            pool_=layout.view(empty(2, padded, dtype=torch.int8)),
+            pool_=layout.spare_pool(self.device),
         )
 
     def _copies(self) -> None:

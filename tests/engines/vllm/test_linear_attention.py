@@ -7,18 +7,33 @@ import torch
 from vllm.v1.worker.utils import clear_layer_kv_caches, copy_kv_cache_blocks_inplace
 
 from qwen3next_plugin.engines.vllm.model import linear_attention
+from qwen3next_plugin.model import gated_delta_net
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.state import PageLayout, StateError
 from qwen3next_plugin.model.step import build_step
 
 PREFIX = "model.layers.6.linear_attn"
+LAYOUT = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
+WIDTH = 2 * 16 + 2 * 2 * 24  # of qkvz
+
+
+def small_layer(**attributes) -> SimpleNamespace:
+    """What the layer's methods read of it."""
+    weights = GatedDeltaNetWeights(
+        conv=torch.randn(LAYOUT.conv_dim, 4),
+        A_log=torch.zeros(2),
+        dt_bias=torch.zeros(2),
+        norm=torch.ones(24),
+        norm_eps=1e-6,
+    )
+    shape = GatedDeltaNetShape(1, 2, 16, 24)
+    return SimpleNamespace(prefix=PREFIX, layout=LAYOUT, shape=shape, weights=weights, **attributes)
 
 
 @pytest.mark.parametrize("span", [(7, 7), (5, 99), (-1, 6), (0, 4)])
 def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
-    layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
-    raw = torch.full((2, layout.page_bytes), -1, dtype=torch.int8)
-    pool = layout.view(raw)
+    raw = torch.full((2, LAYOUT.page_bytes), -1, dtype=torch.int8)
+    pool = LAYOUT.view(raw)
     pool.span[1] = torch.tensor(span)
     before = raw.clone()
     step = build_step(
@@ -34,19 +49,8 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
         "get_forward_context",
         lambda: SimpleNamespace(attn_metadata={PREFIX: step}),
     )
-    layer = SimpleNamespace(
-        prefix=PREFIX,
-        pool=pool,
-        shape=GatedDeltaNetShape(1, 2, 16, 24),
-        weights=GatedDeltaNetWeights(
-            conv=torch.randn(layout.conv_dim, 4),
-            A_log=torch.zeros(2),
-            dt_bias=torch.zeros(2),
-            norm=torch.ones(24),
-            norm_eps=1e-6,
-        ),
-    )
-    qkvz, ba = torch.randn(1, 2 * 16 + 2 * 2 * 24), torch.randn(1, 4)
+    layer = small_layer(pool=pool)
+    qkvz, ba = torch.randn(1, WIDTH), torch.randn(1, 4)
     stands = rf"start={span[0]} end={span[1]} .* c=5"
     with pytest.raises(StateError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}") as error:
         linear_attention.GatedDeltaNet.attend(layer, qkvz, ba, torch.empty(1, 2 * 24))
@@ -58,7 +62,7 @@ def test_pages_are_let_go_when_vllm_takes_them_back():
     """It binds a small cache to measure with, and empties `kv_cache` to have its memory back."""
     layer = object.__new__(linear_attention.GatedDeltaNet)
     torch.nn.Module.__init__(layer)
-    layer.layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
+    layer.layout = LAYOUT
     layer.conv1d = SimpleNamespace(weight=torch.zeros(layer.layout.conv_dim, 1, 4))
     layer.A_log = layer.dt_bias = torch.zeros(2)
     layer.norm, layer.norm_eps = SimpleNamespace(weight=torch.ones(24)), 1e-6
@@ -71,15 +75,23 @@ def test_pages_are_let_go_when_vllm_takes_them_back():
     assert layer.pool is not None
 
 
-def test_a_step_without_this_layer_gives_zeros(monkeypatch):
-    """vLLM tunes its kernels with metadata of the attention layers only."""
-    for steps in (None, {}, {"another": object()}):
-        context = SimpleNamespace(attn_metadata=steps)
-        monkeypatch.setattr(linear_attention, "get_forward_context", lambda c=context: c)
-        out = torch.full((3, 48), torch.nan)
-        layer = SimpleNamespace(prefix=PREFIX)
-        linear_attention.GatedDeltaNet.attend(layer, torch.ones(3, 8), torch.ones(3, 4), out)
-        assert (out == 0).all()
+@pytest.mark.parametrize("steps", [None, {}, {"another": object()}], ids=str)
+def test_a_step_without_this_layer_runs_idle(monkeypatch, steps):
+    """vLLM tunes its kernels with metadata of the attention layers only, and measures without."""
+    context = SimpleNamespace(attn_metadata=steps)
+    monkeypatch.setattr(linear_attention, "get_forward_context", lambda: context)
+    ran = []
+
+    def run_idle(**arguments):
+        ran.append((len(arguments["qkvz"]), arguments["rows"]))
+        gated_delta_net.run_idle(**arguments)
+
+    monkeypatch.setattr(linear_attention, "run_idle", run_idle)
+    out = torch.full((3, 48), torch.nan)
+    layer = small_layer(max_rows=2)
+    linear_attention.GatedDeltaNet.attend(layer, torch.ones(3, WIDTH), torch.ones(3, 4), out)
+    assert ran == [(3, 2)]
+    assert (out == 0).all()
 
 
 @pytest.mark.compat

@@ -23,7 +23,7 @@ from qwen3next_plugin.engines.vllm.state.pages import (
     page_layout,
     page_spec,
 )
-from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
+from qwen3next_plugin.model.gated_delta_net import attend, launch_idle, run_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import StateError, StatePool
 
@@ -49,6 +49,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         )
         self.layout = page_layout(config, vllm_config, shared=shared)
         self.largest = largest_page(config, vllm_config)
+        self.max_rows = vllm_config.scheduler_config.max_num_seqs
         self.value_dim = config.value_dim_per_rank
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
@@ -62,7 +63,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         return out
 
     def attend(self, qkvz: torch.Tensor, ba: torch.Tensor, out_: torch.Tensor) -> None:
-        """Run the recurrence on this step's rows; write zeros where vLLM runs no step.
+        """Run the recurrence on this step's rows; where vLLM has none, write zeros.
 
         Shapes:
             qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], out_ [T, HV·V]
@@ -71,8 +72,16 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             StateError: a page that cannot serve the step; names the layer.
         """
         step = (get_forward_context().attn_metadata or {}).get(self.prefix)
-        if step is None:  # profiling and tuning: no pages
-            out_.zero_()
+        if step is None:  # profiling and tuning: no pages, but vLLM counts the memory
+            run_idle(
+                qkvz=qkvz,
+                ba=ba,
+                weights=self.weights,
+                shape=self.shape,
+                pool_=self.layout.spare_pool(qkvz.device),
+                rows=self.max_rows,
+                out_=out_,
+            )
             return
         assert self.pool is not None
         try:
