@@ -62,41 +62,22 @@ def attend(
     return out_
 
 
-def run_idle(
-    *,
-    qkvz: torch.Tensor,
-    ba: torch.Tensor,
-    weights: GatedDeltaNetWeights,
-    shape: GatedDeltaNetShape,
-    pool_: StatePool,
-    rows: int = 1,
-    max_query_len: int = MAX_INT,
-    out_: torch.Tensor | None = None,
-) -> None:
-    """Run a step whose rows have no page: it writes zeros, and takes a real step's scratch.
+def idle_step(
+    num_tokens: int, device: torch.device, *, rows: int = 1, max_query_len: int = MAX_INT
+) -> Step:
+    """A step whose rows have no page: it writes zeros, and takes a real step's scratch.
 
-    max_query_len decides which kernels a step launches.
-
-    Shapes:
-        as `attend`; the first row has all T tokens
+    The first row has all tokens. max_query_len decides which kernels the step launches.
     """
-    slot = torch.full((rows,), NULL_SLOT, dtype=torch.int32, device=qkvz.device)
-    starts = torch.full((rows + 1,), len(qkvz), dtype=torch.int32, device=qkvz.device)
+    slot = torch.full((rows,), NULL_SLOT, dtype=torch.int32, device=device)
+    starts = torch.full((rows + 1,), num_tokens, dtype=torch.int32, device=device)
     starts[0].zero_()
-    attend(
-        qkvz=qkvz,
-        ba=ba,
-        weights=weights,
-        shape=shape,
-        pool_=pool_,
-        step=Step(
-            query_start_loc=starts,
-            slot=slot,
-            context_len=torch.zeros_like(slot),
-            num_tokens=len(qkvz),
-            max_query_len=max_query_len,
-        ),
-        out_=out_,
+    return Step(
+        query_start_loc=starts,
+        slot=slot,
+        context_len=torch.zeros_like(slot),
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
     )
 
 
@@ -109,11 +90,11 @@ def launch_idle(
     """
     H, HV = shape.num_key_heads, shape.num_value_heads
     for T, max_query_len in ((1, 1), (LONG, MAX_INT)):
-        run_idle(
+        attend(
             qkvz=pool_.conv.new_zeros(T, 2 * H * shape.key_dim + 2 * HV * shape.value_dim),
             ba=pool_.conv.new_zeros(T, 2 * HV),
             weights=weights,
             shape=shape,
             pool_=pool_,
-            max_query_len=max_query_len,
+            step=idle_step(T, pool_.conv.device, max_query_len=max_query_len),
         )

@@ -37,6 +37,8 @@ class ModelKind:
     keeps: str  # what that is
     sizes: Callable[[Any], str]  # that its kernels' cases depend on
     cases: Callable[[Any, str], dict[str, Any]]  # of the self-check; as `cases` there
+    # Has its own weights packed: of a model, with its formats, by an engine's class of methods.
+    use_packing: Callable[..., None]
 
 
 @cache

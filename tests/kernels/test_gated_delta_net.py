@@ -16,7 +16,7 @@ from qwen3next_plugin.kernels.gated_delta_net import (
     gated_delta_net,
 )
 from qwen3next_plugin.kernels.gpu import faults
-from qwen3next_plugin.model.gated_delta_net import run_idle
+from qwen3next_plugin.model.gated_delta_net import idle_step
 from tolerances import assert_close
 
 OP = "gated_delta_rule"
@@ -293,13 +293,13 @@ class TestOnTheDevice:
         net, pool = Net(SMALL, torch.float32), Pool(SMALL, 4, DRAFTS)
         x, out = net.inputs(70), torch.empty(70, SMALL.HV * SMALL.V)
         with Scratch() as idle:
-            run_idle(
-                qkvz=x[0],
-                ba=x[1],
+            gated_delta_net(
+                projections=Projections(
+                    *x, GatedDeltaNetShape(SMALL.H, SMALL.HV, SMALL.K, SMALL.V)
+                ),
                 weights=net.weights,
-                shape=GatedDeltaNetShape(SMALL.H, SMALL.HV, SMALL.K, SMALL.V),
                 pool_=pool.pages(),
-                rows=4,
+                step=idle_step(70, out.device, rows=4),
                 out_=out,
             )
         assert (out == 0).all()

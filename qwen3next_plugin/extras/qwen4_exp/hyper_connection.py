@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.extras.qwen4_exp.config import Qwen4ExpConfig
+from qwen3next_plugin.extras.qwen4_exp.mixing import MixingWeight
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, hyper_connection
 from qwen3next_plugin.model.decoder_layer import Blocks
 from qwen3next_plugin.model.linear_attention import Weight
-from qwen3next_plugin.model.quantisation.layers import MixingWeight
 
 
 class HyperConnection(nn.Module):

@@ -22,6 +22,13 @@ def cases(served: Any, backend: str) -> dict[str, Any]:
     return cases(served, backend)
 
 
+def use_packing(*model: Any, **how: Any) -> None:
+    """Have its stream mixers packed."""
+    from qwen3next_plugin.extras.qwen4_exp.mixing import use_packing
+
+    use_packing(*model, **how)
+
+
 KIND = ModelKind(
     config=Qwen4ExpConfig,
     frame=frame,
@@ -30,4 +37,5 @@ KIND = ModelKind(
     keeps="n-grams",
     sizes=sizes,
     cases=cases,
+    use_packing=use_packing,
 )

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-from qwen3next_plugin.kernels.hyper_connection import takes_packed
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.quantisation.format import Format, InPanels
-from qwen3next_plugin.model.quantisation.modules import Formats, without_wrapper
+from qwen3next_plugin.model.quantisation.modules import without_wrapper
 from qwen3next_plugin.model.quantisation.packing import (
     Packed,
     Packing,
@@ -29,8 +27,6 @@ from qwen3next_plugin.model.quantisation.packing import (
     drop_plain,
     pack_parameters,
     pack_plain,
-    packs,
-    plain_as_int8,
 )
 from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 
@@ -70,35 +66,6 @@ class PlainMethod(Packing):
             drop_plain(layer)
 
 
-class MixingWeight(Weight):
-    """A large weight of a stream mixer, which no engine's layer holds; packed once it is loaded."""
-
-    quant_method: Any
-
-    def __init__(self, name: str, *shape: int, config: Qwen3NextConfig) -> None:
-        super().__init__(*shape)
-        self.name = name
-        self.may_be_packed = takes_packed(config.hidden_size)
-        self.packed: Packed | None = None
-
-    @property
-    def value(self) -> torch.Tensor | PackedWeight:
-        """What the kernel takes."""
-        return self.weight if self.packed is None else self.packed.weight
-
-
-class MixingMethod(PlainMethod, Attaching):
-    """The method of the stream mixer `module`, which the files may have packed."""
-
-    def __init__(self, module: str, *, as_int8: bool) -> None:
-        super().__init__(as_int8=as_int8)
-        self.module = module
-
-    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
-        _hold(layer, "packed", weight)  # whole: ranks do not divide streams
-        drop_plain(layer)
-
-
 class LinearMethod(Packing, Attaching):
     """The method of the projection `module`, in one format."""
 
@@ -136,7 +103,7 @@ class LinearMethod(Packing, Attaching):
             channels.append((before + start, before + stop))
             before += part
         columns = ranks.share(weight.shape[-1], self.columns)
-        _hold(layer, "packed", cut(weight, channels, columns))
+        hold(layer, "packed", cut(weight, channels, columns))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "weight"):
@@ -184,7 +151,7 @@ class ExpertsMethod(PackingExperts, Attaching):
             part = cut(weight, [(start, stop), (self.inner + start, self.inner + stop)], (0, K))
         else:
             part = cut(weight, [(0, N)], (start, stop))
-        _hold(layer, "w13_packed" if which else "w2_packed", part)
+        hold(layer, "w13_packed" if which else "w2_packed", part)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_weight"):
@@ -210,10 +177,10 @@ class HeadMethod(Attaching):
     def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
         first = layer.shard_indices.org_vocab_start_index
         channels = (first, first + layer.num_embeddings_per_partition)
-        _hold(layer, "packed", cut(weight, [channels], (0, weight.shape[-1])))
+        hold(layer, "packed", cut(weight, [channels], (0, weight.shape[-1])))
 
 
-def _hold(layer: Any, name: str, part: PackedWeight) -> None:
+def hold(layer: Any, name: str, part: PackedWeight) -> None:
     """Give a layer its rank's part of a weight, copied where it is a view of a larger tensor.
 
     Raises: CheckpointError if the layer has one already.
@@ -254,28 +221,6 @@ def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[A
     within = set() if drafting is None else set(drafting.modules())
     for name, module in model.named_modules():
         yield module, module in within and not name.endswith(".gate")
-
-
-def pack_mixing_weights(
-    model: nn.Module,
-    formats: Formats | None,
-    method: Callable[..., MixingMethod],
-    *,
-    drafting: bool,
-) -> None:
-    """Have the weights of all hyper-connections packed, where our kernels take them packed.
-
-    As int8 if `plain_as_int8`, and in a model that drafts, for the reason that `each_layer` names;
-    else in bf16.
-
-    Args: method: makes an engine's, from what MixingMethod takes.
-    """
-    as_int8 = plain_as_int8(formats)
-    for module in model.modules():
-        if not isinstance(module, MixingWeight) or not module.may_be_packed:
-            continue
-        if packs(module.weight.dtype, as_int8=as_int8):
-            module.quant_method = method(module.name, as_int8=as_int8 or drafting)
 
 
 def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:

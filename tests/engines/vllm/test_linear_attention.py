@@ -7,6 +7,7 @@ import torch
 from vllm.v1.worker.utils import clear_layer_kv_caches, copy_kv_cache_blocks_inplace
 
 from qwen3next_plugin.engines.vllm.model import linear_attention
+from qwen3next_plugin.kernels.step import NULL_SLOT
 from qwen3next_plugin.model import gated_delta_net
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.state import PageLayout, StateError
@@ -75,22 +76,22 @@ def test_pages_are_let_go_when_vllm_takes_them_back():
     assert layer.pool is not None
 
 
-@pytest.mark.parametrize("steps", [None, {}, {"another": object()}], ids=str)
+@pytest.mark.parametrize("steps", [None, {}, {"another": None}], ids=str)
 def test_a_step_without_this_layer_runs_idle(monkeypatch, steps):
     """vLLM tunes its kernels with metadata of the attention layers only, and measures without."""
     context = SimpleNamespace(attn_metadata=steps)
     monkeypatch.setattr(linear_attention, "get_forward_context", lambda: context)
     ran = []
 
-    def run_idle(**arguments):
-        ran.append((len(arguments["qkvz"]), arguments["rows"]))
-        gated_delta_net.run_idle(**arguments)
+    def attend(**arguments):
+        ran.append((arguments["step"].num_tokens, arguments["step"].slot.tolist()))
+        gated_delta_net.attend(**arguments)
 
-    monkeypatch.setattr(linear_attention, "run_idle", run_idle)
+    monkeypatch.setattr(linear_attention, "attend", attend)
     out = torch.full((3, 48), torch.nan)
-    layer = small_layer(max_rows=2)
+    layer = small_layer(max_rows=2, pool=None)
     linear_attention.GatedDeltaNet.attend(layer, torch.ones(3, WIDTH), torch.ones(3, 4), out)
-    assert ran == [(3, 2)]
+    assert ran == [(3, [NULL_SLOT] * 2)]
     assert (out == 0).all()
 
 

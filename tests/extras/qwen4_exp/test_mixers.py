@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from qwen3next_plugin.extras.qwen4_exp.hyper_connection import HyperConnection
-from qwen3next_plugin.model.quantisation.layers import (
-    MixingMethod,
-    MixingWeight,
-    Ranks,
-    pack_mixing_weights,
-)
+from qwen3next_plugin.extras.qwen4_exp.mixing import MixingMethod, MixingWeight, use_packing
+from qwen3next_plugin.model.quantisation.layers import Ranks
 from qwen3next_plugin.model.quantisation.modules import Formats
 
 
@@ -41,7 +37,7 @@ def test_what_mixes_streams_is_packed_as_the_head_is(monkeypatch, case, encoding
     streams, block = torch.randn(T, hc, D).to(dtype), torch.randn(T, D).to(dtype)
     want = connection(streams.clone(), block)
     formats = Formats({}, {}, str) if "quantised" in case else None
-    pack_mixing_weights(connection, formats, MixingMethod, drafting="drafting" in case)
+    use_packing(connection, formats, object, drafting="drafting" in case)
     matrices = connection.input_mix_weight_down, connection.input_mix_weight_up
     for matrix in matrices:
         if method := getattr(matrix, "quant_method", None):

@@ -35,14 +35,13 @@ from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts, PackedExperts
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.kernels.linear import PackedWeight
+from qwen3next_plugin.model.kinds import model_kinds
 from qwen3next_plugin.model.quantisation.files import LEAVES_PLAIN, read_formats
 from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
-    MixingMethod,
     PlainMethod,
     each_layer,
-    pack_mixing_weights,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packing import (
@@ -108,7 +107,8 @@ def use_packing(
     """On a CPU, make SGLang pack what is not quantised of a model, head included, after loading."""
     if not without_gpu():
         return
-    pack_mixing_weights(model, formats, MixingMethod, drafting=drafting is not None)
+    for kind in model_kinds():
+        kind.use_packing(model, formats, UnquantizedLinearMethod, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:

@@ -27,15 +27,14 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
+from qwen3next_plugin.model.kinds import model_kinds
 from qwen3next_plugin.model.quantisation.files import leave_plain, read_formats, read_plain_modules
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
-    MixingMethod,
     PlainMethod,
     Ranks,
     each_layer,
-    pack_mixing_weights,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packing import packs_plain
@@ -138,7 +137,8 @@ def use_packing(
 ) -> None:
     """Make vLLM pack what is not quantised of a model for our kernels, where these are chosen."""
     if current_platform.is_cpu():
-        pack_mixing_weights(model, formats, PackedMixing, drafting=drafting is not None)
+        for kind in model_kinds():
+            kind.use_packing(model, formats, UnquantizedLinearMethod, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod and current_platform.is_cpu():
@@ -150,10 +150,6 @@ def use_packing(
 
 class PackedLinear(LinearMethod, LinearMethodBase):
     """A projection of a quantised checkpoint."""
-
-
-class PackedMixing(MixingMethod, UnquantizedLinearMethod):
-    """A hyper-connection's, which vLLM asks to pack as it asks those of its own layers."""
 
 
 class PackedProjection(PlainMethod, UnquantizedLinearMethod):

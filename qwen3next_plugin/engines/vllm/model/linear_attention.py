@@ -23,7 +23,7 @@ from qwen3next_plugin.engines.vllm.state.pages import (
     page_layout,
     page_spec,
 )
-from qwen3next_plugin.model.gated_delta_net import attend, launch_idle, run_idle
+from qwen3next_plugin.model.gated_delta_net import attend, idle_step, launch_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import StateError, StatePool
 
@@ -72,25 +72,18 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             StateError: a page that cannot serve the step; names the layer.
         """
         step = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        pool = self.pool
         if step is None:  # profiling and tuning: no pages, but vLLM counts the memory
-            run_idle(
-                qkvz=qkvz,
-                ba=ba,
-                weights=self.weights,
-                shape=self.shape,
-                pool_=self.layout.spare_pool(qkvz.device),
-                rows=self.max_rows,
-                out_=out_,
-            )
-            return
-        assert self.pool is not None
+            step = idle_step(len(qkvz), qkvz.device, rows=self.max_rows)
+            pool = self.layout.spare_pool(qkvz.device)
+        assert pool is not None
         try:
             attend(
                 qkvz=qkvz,
                 ba=ba,
                 weights=self.weights,
                 shape=self.shape,
-                pool_=self.pool,
+                pool_=pool,
                 step=step,
                 out_=out_,
             )
