@@ -29,6 +29,12 @@ NATIVE = "vllm.model_executor.models.qwen3_next"
 HEALTHY = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "python": "3.11.7"}
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    """What starts of other tests found out on this machine is not theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def diagnose(monkeypatch):
     """Run doctor on a made-up machine: (packages, answers of the probes) → (exit code, report).
