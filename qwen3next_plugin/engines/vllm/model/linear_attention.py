@@ -72,10 +72,9 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             StateError: a page that cannot serve the step; names the layer.
         """
         step = (get_forward_context().attn_metadata or {}).get(self.prefix)
-        pool = self.pool
+        pool = self.layout.spare_pool(qkvz.device) if step is None else self.pool
         if step is None:  # profiling and tuning: no pages, but vLLM counts the memory
             step = idle_step(len(qkvz), qkvz.device, rows=self.max_rows)
-            pool = self.layout.spare_pool(qkvz.device)
         assert pool is not None
         try:
             attend(
