@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
@@ -327,6 +328,12 @@ def concurrency(llm: LLM) -> float:
     """Requests of the maximum length that run at once, as vLLM counts them."""
     config = _core(llm).scheduler.kv_cache_config
     return get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, config)
+
+
+def pieces(llm: LLM) -> tuple[int, int]:
+    """How many graphs were compiled, and into how many pieces they were cut."""
+    counts = compilation_counter
+    return counts.num_graphs_seen, counts.num_piecewise_graphs_seen
 
 
 def state_bytes(llm: LLM) -> tuple[int, int]:
