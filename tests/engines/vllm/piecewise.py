@@ -24,7 +24,7 @@ def keep_mode(vllm_config: VllmConfig) -> None:
 
 
 platform.check_and_update_config = staticmethod(keep_mode)
-CompilationConfig._attention_ops.append(OPAQUE_OP)
+CompilationConfig._attention_ops.append(OPAQUE_OP)  # our patch does so on a GPU only
 
 # A pass compares each op of a graph with those of vLLM's CUDA build by name, so they must be there.
 compared = set(re.findall(r"torch\.ops\._C\.(\w+)", inspect.getsource(fix_functionalization)))
